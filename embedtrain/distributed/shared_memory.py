@@ -51,29 +51,42 @@ class _Address(NamedTuple):
     token: bytes
 
 
+class _Files:
+    """Holds file descriptors, and closes them when nothing refers to it any more."""
+
+    def __init__(self, files: Sequence[int]) -> None:
+        self.files = files
+
+    def __del__(self) -> None:
+        for file in self.files:
+            with contextlib.suppress(OSError):
+                os.close(file)
+
+
 class Inbox:
-    """Exchanges rows through one region of memory per rank, which its rank writes and all ranks read.
+    """Exchanges rows through a part of one region of memory per rank, which its rank writes and all ranks read.
 
     An exchange has three parts: `rooms` returns buffers, which the caller fills; then `send`; then `receive`. For rows
     in other memory, `exchange` does all three.
 
-    A region has two slots, used in turn. Before a rank writes a slot again, all ranks have sent the exchange in
-    between, so they no longer read the slot. Received rows are valid until this rank's next `send`.
+    An inbox has two slots in each region, used in turn. Before a rank writes a slot again, all ranks have sent the
+    exchange in between, so they no longer read the slot. Received rows are valid until this rank's next `send`.
 
     Args:
         rank: number of this rank.
         regions: the memory of each rank.
         start: where the inbox begins in each region; several inboxes may share the regions.
-        peers: a pidfd of every other rank, which the inbox closes.
+        peers: a pidfd of every other rank.
         timeout_seconds: how long to wait for a rank that lives.
     """
 
     def __init__(
-        self, rank: int, regions: Sequence[mmap.mmap], start: int, peers: Sequence[int], *, timeout_seconds: float
+        self, rank: int, regions: Sequence[mmap.mmap], start: int, peers: _Files, *, timeout_seconds: float
     ) -> None:
         self.rank, self.size = rank, len(regions)
         self._timeout_seconds = timeout_seconds
-        self._peers = dict(zip([r for r in range(self.size) if r != self.rank], peers, strict=True))
+        self._files = peers
+        self._peers = dict(zip([r for r in range(self.size) if r != self.rank], peers.files, strict=True))
         views = [memoryview(region)[start : start + _inbox_bytes(self.size)] for region in regions]
         self._bytes = [torch.frombuffer(view, dtype=torch.uint8) for view in views]
         self._tables = [view[_TABLE_START : _header_bytes(self.size)].cast("q") for view in views]
@@ -198,11 +211,6 @@ class Inbox:
             if file in dead and self._counters[rank][0] != self._number % (1 << 32):
                 raise dist.DistError(f"rank {rank} is gone: rank {self.rank} waited for its part of an exchange")
 
-    def __del__(self) -> None:
-        for file in getattr(self, "_peers", {}).values():
-            with contextlib.suppress(OSError):
-                os.close(file)
-
 
 class SharedMemoryRanks(GroupRanks):
     """Implements `Ranks` for the ranks of one host; GPU tensors and objects still go through the process group.
@@ -255,9 +263,8 @@ class SharedMemoryRanks(GroupRanks):
 
         with stage("exchange"):
             own_rows = rows.split(list(send_counts))
-            own_numbers = (
-                rows.new_empty(0).expand(len(send_counts), 0) if numbers is None else numbers.split(list(send_counts))
-            )
+            nothing = [rows.new_empty(0, dtype=torch.float32)] * self.size
+            own_numbers = nothing if numbers is None else numbers.split(list(send_counts))
             rooms = self._lent.rooms([count * row_bytes for count in send_counts], (), torch.uint8)
             for rank, count in enumerate(send_counts):
                 if rank != self.rank:
@@ -362,7 +369,13 @@ class SharedMemoryRanks(GroupRanks):
 
 
 def _copy(source: Tensor, target: Tensor) -> Tensor:
-    """Copies a tensor to or from shared memory; returns the target."""
+    """Copies a tensor to or from shared memory; returns the target.
+
+    Raises:
+        ValueError: the shapes differ, because the ranks disagree on the number of rows.
+    """
+    if source.shape != target.shape:
+        raise ValueError(f"a rank sent rows {list(source.shape)} to a rank that expects {list(target.shape)}")
     if source.dtype != target.dtype or not (source.is_contiguous() and target.is_contiguous()):
         return target.copy_(source)
     from embedtrain.ops._backend import library
@@ -396,10 +409,8 @@ def ranks_of(group: dist.ProcessGroup | None) -> Ranks:
     if own is not None and None not in addresses:
         try:
             regions, peers = _open_all(rank, own[0], [address for address in addresses if address is not None])
-            for number in range(_NUM_INBOXES):
-                files = peers if number == 0 else [os.dup(file) for file in peers]
-                start = number * _inbox_bytes(size)
-                inboxes.append(Inbox(rank, regions, start, files, timeout_seconds=timeout_seconds))
+            files, starts = _Files(peers), [number * _inbox_bytes(size) for number in range(_NUM_INBOXES)]
+            inboxes = [Inbox(rank, regions, start, files, timeout_seconds=timeout_seconds) for start in starts]
         except (OSError, AttributeError) as error:
             reason = str(error)
     agreed = through_group.all_gather(bool(inboxes))

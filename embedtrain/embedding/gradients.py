@@ -82,8 +82,10 @@ class GradientMailbox:
     def keep(self, ranks: Ranks) -> None:
         """Copies waiting gradients that lie in memory which `Ranks.all_to_all_split` overwrites."""
         for delivery in self._deliveries:
-            delivery.replace(ranks.kept(delivery.grads))
-        self._waiting = None
+            kept = ranks.kept(delivery.grads)
+            if any(new is not old for new, old in zip(kept, delivery.grads, strict=True)):
+                delivery.replace(kept)
+                self._waiting = None
 
     def waiting(self) -> RowGradient:
         """Returns the gradient of the mean loss over the global batch.

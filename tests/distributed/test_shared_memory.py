@@ -118,6 +118,42 @@ def test_one_unwilling_rank_leaves_all_with_the_process_group() -> None:
     assert all(run_ranks(2, connect_where_one_does_not_want))
 
 
+def disagree(ranks: Ranks) -> None:
+    rows = torch.ones(400_000 * 2, 4)
+    # Rank 1 expects one row of rank 0, which sends many.
+    counts = [400_000, 400_000], [400_000, 400_000] if ranks.rank == 0 else [1, 400_000]
+    with pytest.raises(ValueError, match=r"a rank sent rows \[400000, 4\] to a rank that expects \[1, 4\]"):
+        ranks.all_to_all(rows, *counts)
+        assert ranks.rank == 0
+        raise ValueError("a rank sent rows [400000, 4] to a rank that expects [1, 4]")
+
+
+def test_ranks_that_disagree_on_the_number_of_rows_are_told() -> None:
+    run_ranks(2, disagree)
+
+
+def accumulate(ranks: Ranks, variable: str) -> list[torch.Tensor]:
+    """Trains two groups of tables on several batches a step; rank 1 is late."""
+    os.environ[VARIABLE] = variable
+    tables = et.EmbeddingCollection([et.TableSpec("a", 50, 4), et.TableSpec("b", 50, 6)], ranks=job_ranks(), seed=1)
+    optimizer = et.optim.SGD(tables, lr=0.1)
+    for step in range(3):
+        for batch in range(3):
+            generator = torch.Generator().manual_seed(100 * step + 10 * batch + ranks.rank)
+            found = tables({name: torch.randint(0, 50, (40,), generator=generator) for name in "ab"})
+            time.sleep(0.03 * ranks.rank)
+            sum(vectors.sin().sum() for vectors in found.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [tables.gather_table(name) for name in "ab"]
+
+
+def test_gradients_wait_unchanged_for_a_late_rank() -> None:
+    for found, expected in zip(run_ranks(2, accumulate, ""), run_ranks(2, accumulate, "0"), strict=True):
+        for tensor, other in zip(found, expected, strict=True):
+            assert torch.equal(tensor, other)
+
+
 def wait_for_the_dead(ranks: Ranks) -> None:
     assert isinstance(ranks, SharedMemoryRanks)
     if ranks.rank == 1:

@@ -105,9 +105,12 @@ def test_keys_of_other_values_are_an_error(keys: SortedKeys) -> None:
 @pytest.mark.parametrize("last", [2, -1, FAR, -FAR])
 def test_an_inverse_of_other_keys_is_an_error(last: int) -> None:
     starts = torch.tensor([0, 1, 3])
-    for inverse in (torch.tensor([1, 0, last]), torch.tensor([1, 1, 1])):
+    for inverse in ([1, 0, last], [1, 1, 1], [0, 0, 0], [0, 0, 1]):
         with pytest.raises(IndexError, match="inverse of 3 keys does not belong to these 2 keys"):
-            sort.order_of(inverse, starts)
+            sort.order_of(torch.tensor(inverse), starts)
+    for wrong in ([0, last, 3], [1, 1, 3], [0, 1, last]):
+        with pytest.raises(IndexError, match="inverse of 3 keys does not belong to these 2 keys"):
+            sort.order_of(torch.tensor([0, 1, 1]), torch.tensor(wrong))
 
 
 def test_sizes_that_disagree_are_an_error() -> None:

@@ -63,7 +63,8 @@ def make(num_tokens: int, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, Sa
 
 @pytest.mark.parametrize("key", [0, -(1 << 63), 123456789])
 @pytest.mark.parametrize(
-    ("num_tokens", "num_rows", "window", "k"), [(200, 17, 5, 5), (60, 3, 2, 3), (50, 40, 1, 0), (0, 3, 5, 5)]
+    ("num_tokens", "num_rows", "window", "k"),
+    [(200, 17, 5, 5), (60, 3, 2, 3), (50, 40, 1, 0), (0, 3, 5, 5), (1100, 9, 3, 2)],
 )
 def test_equals_plain_integers(backend: str, num_tokens: int, num_rows: int, window: int, k: int, key: int) -> None:
     tokens, positions, tables = make(num_tokens, num_rows)

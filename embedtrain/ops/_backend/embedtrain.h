@@ -153,7 +153,7 @@ void embedtrain_sort_terms(const int64_t* rows, int64_t num_values, const struct
                            int64_t num_features, const struct EmbedtrainRun* runs, int64_t num_runs, int64_t num_rows,
                            int term_bits, int num_threads, uint64_t* words, int64_t* num_outside);
 
-// Updates rows by row-wise Adagrad. factor: multiplies every sum of the gradient; damping: null for none;
+// Updates rows by row-wise Adagrad. factor: multiplies every sum that the update computes; damping: null for none;
 // rounding_keys: [num_touched] for bfloat16 weights, null for float32; max_norm: infinity for no limit. num_outside:
 // number of rows outside [0, num_rows), plus the number of damping tables and other indices out of range; if positive,
 // nothing is updated.

@@ -1,7 +1,7 @@
 """The gradient of the rows that a step touched: kept as backward delivered it, and summed by row on demand.
 
-The native row-wise Adagrad sums gradients while it updates the rows, unless they are damped. So it does not write the
-sums to memory and read them again, which would move more bytes than the rows themselves.
+The native updates sum and damp gradients while they update the rows. So they do not write the sums to memory and read
+them again, which would move more bytes than the rows themselves.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class RowGradient:
         return cls([Delivery.of_rows(rows, values)], num_rows=num_rows, dim=values.shape[1])
 
     def damped(self, damping: Damping) -> RowGradient:
-        """Returns the gradient with damped values. The native updates compute them row by row and do not store them.
+        """Returns the gradient with damped values. The native updates compute them a few rows at a time.
 
         Raises:
             ValueError: shapes, dtypes or devices disagree, or the gradient is damped already.

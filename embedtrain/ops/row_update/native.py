@@ -215,4 +215,6 @@ def _check_outside(num_outside: int, gradient: RowGradient, weight: Tensor, damp
     if damping is not None:
         damping.check_tables()
     check_lengths(gradient.bags)
-    raise library.outside_error("rows", gradient.rows, weight.shape[0])
+    if bool(((gradient.rows < 0) | (gradient.rows >= weight.shape[0])).any()):
+        raise library.outside_error("rows", gradient.rows, weight.shape[0])
+    raise IndexError(f"the sorted rows of {gradient.rows_of_values.numel()} values were changed")

@@ -62,8 +62,8 @@ def skipgram_block(
 
 def count_predictions(block: TextBlock | TextSample, architecture: Architecture = "skipgram") -> Tensor:
     """Returns the number of predictions in the block, scalar int64; the mean loss is the loss divided by it."""
-    if architecture == "skipgram":
-        return block.stops.sum() - block.starts.sum() - block.stops.numel()  # no temporary vectors
+    if architecture == "skipgram":  # without a vector of the contexts of each centre
+        return block.stops.sum() - block.starts.sum() - block.stops.numel()
     return (block.stops - block.starts > 1).sum()
 
 

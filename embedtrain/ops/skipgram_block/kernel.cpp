@@ -294,8 +294,11 @@ struct Ahead {
     const int64_t* rows;
     int64_t num_left;
 
-    Ahead(const Block& of, int64_t centre) : block(of), rows(of.targets + centre * of.num_targets),
-                                             num_left(centre < of.num_positions ? of.num_targets : 0) {}
+    Ahead(const Block& of, int64_t centre) : block(of), rows(of.targets), num_left(0) {
+        if (centre >= of.num_positions) return;
+        rows += centre * of.num_targets;
+        num_left = of.num_targets;
+    }
 
     EMBEDTRAIN_INLINE void prefetch_one() {
         if (num_left > 0) prefetch_pair(block, rows[--num_left]);

@@ -143,14 +143,16 @@ void embedtrain_order_of_inverse(const int64_t* inverse, int64_t num_keys, const
                                  int64_t* order, int64_t* num_outside) {
     int64_t* places = static_cast<int64_t*>(scratch(0, num_distinct * 8));
     std::copy_n(starts, num_distinct, places);
-    int64_t outside = 0;
+    // If no key has more positions than its starts say, and these are num_keys in all, then every position is written.
+    int64_t outside = starts[0] != 0 || starts[num_distinct] != num_keys;
+    for (int64_t key = 0; key < num_distinct; ++key) outside += starts[key] > starts[key + 1];
+    if (outside) num_keys = 0;
     for (int64_t i = 0; i < num_keys; ++i) {
-        const bool is_inside = static_cast<uint64_t>(inverse[i]) < static_cast<uint64_t>(num_distinct);
-        const int64_t place = is_inside ? places[inverse[i]]++ : -1;
-        if (static_cast<uint64_t>(place) < static_cast<uint64_t>(num_keys)) {
-            order[place] = i;
-        } else {
+        const int64_t key = inverse[i];
+        if (static_cast<uint64_t>(key) >= static_cast<uint64_t>(num_distinct) || places[key] >= starts[key + 1]) {
             ++outside;
+        } else {
+            order[places[key]++] = i;
         }
     }
     *num_outside = outside;
