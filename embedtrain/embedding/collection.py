@@ -264,7 +264,7 @@ class EmbeddingCollection(nn.Module):
             [num_distinct, dim] float32; `Asked.places` gives the index of each value's row.
 
         Raises:
-            ValueError: the features' tables differ in dim, or a feature is pooled.
+            ValueError: the features' tables differ in dim, a feature is pooled, or the counts have another dtype.
         """
         return fetch_distinct(asked, counts)
 

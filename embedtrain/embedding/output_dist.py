@@ -58,6 +58,8 @@ def fetch_distinct(asked: Asked, counts: Tensor | None = None) -> Tensor:
         asked.check.run()
     counts_of: Sequence[Tensor | None] = [None] * len(asked.parts)
     if counts is not None:
+        if counts.dtype != torch.float32 or counts.dim() != 1:
+            raise ValueError(f"counts must be [num_distinct or more] float32, got {counts.dtype} {tuple(counts.shape)}")
         sizes = [part.distinct.unique.numel() for part in asked.parts]
         counts_of = counts[: sum(sizes)].split(sizes)
     parts: list[Tensor] = [

@@ -101,7 +101,8 @@ class Vectors:
         try:
             return self.words.index(word)
         except ValueError:
-            close = difflib.get_close_matches(word, islice(self.words, _SUGGESTION_WORDS))
+            in_other_case = [word.lower()] if word.lower() in self.words else []
+            close = in_other_case or difflib.get_close_matches(word, islice(self.words, _SUGGESTION_WORDS))
             hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise UserError(
                 f"unknown {self.noun} {word!r}: it is not one of the {self.num_rows:,} {self.noun}s of table "

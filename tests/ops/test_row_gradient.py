@@ -131,6 +131,18 @@ def test_an_update_need_not_know_how_many_rows_are_distinct(backend: str, num_va
     assert torch.equal(weight, expected) and torch.equal(accumulator, state)
 
 
+@pytest.mark.parametrize("num_empty", [0, 1, 4, 2000])
+def test_weighted_bags_without_values_change_no_row(backend: str, num_empty: int) -> None:
+    lengths = torch.zeros(num_empty, dtype=torch.int64)
+    bags = [Bags(0, lengths, torch.zeros(0)), Bags(4)]
+    grads = [torch.ones(num_empty, 8), torch.ones(4, 8)]
+    gradient = RowGradient([Delivery(torch.arange(4), bags, grads)], num_rows=NUM_ROWS, dim=8)
+    weight, accumulator = torch.ones(NUM_ROWS, 8), torch.zeros(NUM_ROWS)
+    rowwise_adagrad(weight, accumulator, gradient, STEP)
+    assert accumulator.nonzero().flatten().tolist() == [0, 1, 2, 3]
+    assert (weight[4:] == 1).all()
+
+
 @pytest.mark.parametrize("num_values", [50, 100_000])
 def test_an_update_is_the_same_bits_every_time(threaded_backend: str, num_values: int) -> None:
     num_values = min(num_values, 10 * MOST_INTERPRETED) if threaded_backend == "triton" else num_values

@@ -75,7 +75,10 @@ void embedtrain_sort_terms(const int64_t* rows, int64_t num_values, const Embedt
     const Bags bags{features, num_features};
     int64_t num_in_runs = 0;
     for (int64_t r = 0; r < num_runs; ++r) num_in_runs += runs[r].num_values;
-    Outside outside{bags.num_values() != num_values || num_in_runs != num_values};
+    int64_t total_terms = 0;
+    for (int64_t f = 0; f < num_features; ++f) total_terms += num_terms(features[f]);
+    const bool fits = bits_of(static_cast<uint64_t>(std::max<int64_t>(total_terms - 1, 0))) <= term_bits;
+    Outside outside{bags.num_values() != num_values || num_in_runs != num_values || !fits};
     const Sorting sorting{rows,      num_values, bags,
                           runs, num_runs, term_bits, num_parts, words,
                           static_cast<uint64_t*>(scratch(1, num_values * 8)), num_rows, &outside};

@@ -44,7 +44,13 @@ def sort_terms(gradient: RowGradient) -> SortedTerms | None:
         ValueError: the lengths of a feature, or the lengths of the runs, do not add up to the number of values.
     """
     bags, rows = gradient.bags, gradient.rows_of_values.contiguous()
-    num_terms = sum([feature.num_values if feature.weights is not None else feature.num_bags for feature in bags])
+    # The kernels see an empty tensor of weights as no weights.
+    num_terms = sum(
+        [
+            feature.num_values if feature.weights is not None and feature.num_values else feature.num_bags
+            for feature in bags
+        ]
+    )
     term_bits = max(num_terms - 1, 0).bit_length()
     if gradient.num_rows.bit_length() + term_bits > _MAX_WORD_BITS:
         return None

@@ -129,7 +129,12 @@ def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> P
 def _warn_of_few_steps(
     config: Word2VecConfig, batches: TextBatches, optimizer: SparseOptimizer, runtime: Runtime
 ) -> None:
-    """Logs a warning if a run is too short. With damping and growing steps, long steps count as several short steps."""
+    """Logs a warning if a run that begins from initial values is too short.
+
+    With damping and growing steps, long steps count as several short steps.
+    """
+    if config.start_from is not None or config.init_from is not None:
+        return
     epochs = config.train.epochs
     num_steps = Calendar(batches).first_step_of(epochs)
     worth, per_epoch = float(num_steps), float(batches.steps_per_epoch)
@@ -137,10 +142,11 @@ def _warn_of_few_steps(
         per_epoch = batches.examples_per_epoch / WORDS_AT_FIRST
         worth = max(worth, epochs * per_epoch)
     if worth < _FEW_STEPS and runtime.rank == 0:
+        # Steps that grow are short already.
+        shorter = "" if batches.is_growing else ", or lower train.words_per_step with another run.path"
         _logger.warning(
             f"{num_steps} steps in all are too few for good word vectors: raise train.epochs to "
-            f"{math.ceil(_FEW_STEPS / per_epoch):,} or more, which continues this run, or lower "
-            "train.words_per_step with another run.path"
+            f"{math.ceil(_FEW_STEPS / per_epoch):,} or more, which continues this run{shorter}"
         )
 
 

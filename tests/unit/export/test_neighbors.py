@@ -64,6 +64,8 @@ def test_unreadable_queries(query, vectors):
 def test_users_mistakes(vectors):
     with pytest.raises(UserError, match=r"unknown word 'kin'.*did you mean 'king'"):
         neighbors(vectors, "kin - man")
+    with pytest.raises(UserError, match=r"unknown word 'King'.*did you mean 'king'\?"):
+        neighbors(vectors, "King")
     with pytest.raises(UserError, match="unknown word ''"):
         neighbors(vectors, " ")
     with pytest.raises(UserError, match="add up to zero"):
