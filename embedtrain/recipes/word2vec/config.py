@@ -89,8 +89,8 @@ class TextTrainConfig(TrainConfig):
     words_per_step: int = 524288
     """Words of the text per step, over all ranks."""
     step_growth: float | None = 0.05
-    """Maximum size of early steps, as a share of the words trained so far; steps have at least 16,384 words. null gives
-    every step words_per_step words."""
+    """Maximum size of early steps, as a share of the words trained so far, but not below 16,384 words or, if that is
+    less, words_per_step. null gives every step words_per_step words."""
     block_words: int = 512
     """Consecutive words that are read together; a step consists of whole blocks from random positions of the text."""
 
