@@ -48,9 +48,10 @@ def _losses(facts: RunFacts, settings: Mapping[str, Any], *, is_overfit: bool) -
     """Says what the training loss does, or that it was logged too seldom to tell."""
     _, losses = facts.curves.get("loss", ([], []))
     if 0 < len(losses) < _FEW_RECORDS:
+        longer = "Lower log.every_steps." if is_overfit else "Raise train.epochs, or lower log.every_steps."
         yield (
             f"The run is short: {facts.step:,} steps with {len(losses)} records of the loss do not show whether it "
-            "falls. Raise train.epochs, or lower log.every_steps."
+            f"falls. {longer}"
         )
     if len(losses) < _FEW_RECORDS:
         return

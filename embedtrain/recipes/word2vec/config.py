@@ -11,6 +11,7 @@ from embedtrain.config.sections import (
     MAX_WIDTH,
     Config,
     EvaluateConfig,
+    LogConfig,
     RowFilesConfig,
     TableConfig,
     TrainConfig,
@@ -116,6 +117,8 @@ class Word2VecConfig(Config):
     word2vec: SkipGramConfig = field(default_factory=SkipGramConfig)
     train: TextTrainConfig = field(default_factory=TextTrainConfig)
     evaluate: WordEvaluateConfig = field(default_factory=WordEvaluateConfig)
+    # Steps are long, so a run has few of them.
+    log: LogConfig = field(default_factory=lambda: LogConfig(every_steps=10))
     optimizer: OptimizerConfig = field(
         default_factory=lambda: section("rowwise_adagrad", lr=0.8, initial_accumulator_value=100.0)
     )
