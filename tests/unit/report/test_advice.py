@@ -73,6 +73,13 @@ def test_what_looks_wrong_is_told(changes: dict[str, object], told: list[str]) -
         assert line.startswith(beginning)
 
 
+def test_a_model_that_learns_by_heart_is_not_advised_to_train_longer() -> None:
+    worse = ([1, 2], [0.5, 0.6])
+    by_heart, short, _ = advice(facts([], {"loss": ([1, 2], [3.0, 2.0]), "valid_log_loss": worse}))
+    assert by_heart.startswith("The model learns the training data by heart") and short.startswith("The run is short")
+    assert short.endswith("whether it falls. Lower log.every_steps.")
+
+
 @pytest.mark.parametrize(
     ("epoch", "step_in_epoch", "logged", "expected"),
     [
