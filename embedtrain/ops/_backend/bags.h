@@ -150,6 +150,24 @@ EMBEDTRAIN_INLINE void visit_bags(const Bags& bags, int part, int num_parts, Out
     }
 }
 
+// Writes the sum of the terms of distinct row `j`, times `factor`, to `target`, and prefetches terms of later rows.
+// terms: [num_values]; order and starts: as in embedtrain_pool_rows_backward. The indices of row `j` must be in range.
+EMBEDTRAIN_INLINE void sum_distinct_row(const GradientTerm* terms, const int64_t* order, const int64_t* starts,
+                                        int64_t j, int64_t num_values, float factor, int64_t dim, float* target) {
+    const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(float)), ahead = rows_ahead_to_read(row_bytes);
+    for (int64_t v = starts[j]; v < starts[j + 1]; ++v) {
+        if (v + 2 * ahead >= num_values) continue;
+        __builtin_prefetch(terms + order[v + 2 * ahead]);
+        const int64_t next = order[v + ahead];
+        if (static_cast<uint64_t>(next) < static_cast<uint64_t>(num_values)) {
+            prefetch_row<0>(terms[next].row, row_bytes);
+        }
+    }
+    const int64_t* own = order + starts[j];
+    sum_terms([=](int64_t i) __attribute__((always_inline)) { return terms[own[i]]; }, starts[j + 1] - starts[j],
+              factor, dim, target);
+}
+
 // Returns the terms of all features, ordered by feature, in slot 1 of the calling thread's scratch memory. Slot 0 holds
 // a row of zeros for features without a gradient. per_value: one term per value, also for features without weights. If
 // a length is out of range, terms are missing.

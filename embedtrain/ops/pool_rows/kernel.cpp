@@ -85,33 +85,19 @@ struct Backward {
 EMBEDTRAIN_MULTIVERSION void sum_gradients(const void* arguments, int part) {
     const Backward& b = *static_cast<const Backward*>(arguments);
     const int64_t dim = b.dim, num_values = b.num_values;
-    const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(float));
     // Parts have about equally many values and begin at a distinct row.
     const Range values = range_of_part(num_values, part, b.num_parts);
     const int64_t* end = b.starts + b.num_distinct;
     const int64_t first = std::lower_bound(b.starts, end, values.begin) - b.starts;
     const int64_t last = std::lower_bound(b.starts, end, values.end) - b.starts;
     *b.num_done += std::max<int64_t>(last - first, 0);
-    const GradientTerm* terms = b.terms;
-    const int64_t ahead = rows_ahead_to_read(row_bytes);
     for (int64_t j = first; j < last; ++j) {
         if (b.starts[j] < 0 || b.starts[j] > b.starts[j + 1] || b.starts[j + 1] > num_values ||
             !all_inside(b.order + b.starts[j], b.starts[j + 1] - b.starts[j], num_values)) {
             ++*b.outside;
             continue;
         }
-        for (int64_t v = b.starts[j]; v < b.starts[j + 1]; ++v) {
-            if (v + 2 * ahead < num_values) {
-                __builtin_prefetch(terms + b.order[v + 2 * ahead]);
-                const int64_t next = b.order[v + ahead];
-                if (static_cast<uint64_t>(next) < static_cast<uint64_t>(num_values)) {
-                    prefetch_row<0>(terms[next].row, row_bytes);
-                }
-            }
-        }
-        const int64_t* order = b.order + b.starts[j];
-        sum_terms([=](int64_t i) __attribute__((always_inline)) { return terms[order[i]]; },
-                  b.starts[j + 1] - b.starts[j], b.factor, dim, b.grad + j * dim);
+        sum_distinct_row(b.terms, b.order, b.starts, j, num_values, b.factor, dim, b.grad + j * dim);
     }
 }
 

@@ -15,17 +15,9 @@ struct Sums {
 
 EMBEDTRAIN_MULTIVERSION void sum_rows(const Sums* sums) {
     const EmbedtrainGradient& g = sums->gradient;
-    const GradientTerm* terms = sums->terms;
-    const int64_t dim = sums->dim, row_bytes = dim * 4, ahead = rows_ahead_to_read(row_bytes);
-    for (int64_t j = sums->begin; j < sums->begin + sums->num_rows; ++j) {
-        for (int64_t v = g.starts[j]; v < g.starts[j + 1]; ++v) {
-            if (v + 2 * ahead >= g.num_values) continue;
-            __builtin_prefetch(terms + g.order[v + 2 * ahead]);
-            prefetch_row<0>(terms[g.order[v + ahead]].row, row_bytes);
-        }
-        const int64_t* order = g.order + g.starts[j];
-        sum_terms([=](int64_t i) __attribute__((always_inline)) { return terms[order[i]]; },
-                  g.starts[j + 1] - g.starts[j], sums->factor, dim, sums->target + (j - sums->begin) * dim);
+    for (int64_t i = 0; i < sums->num_rows; ++i) {
+        sum_distinct_row(sums->terms, g.order, g.starts, sums->begin + i, g.num_values, sums->factor, sums->dim,
+                         sums->target + i * sums->dim);
     }
 }
 

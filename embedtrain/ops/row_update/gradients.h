@@ -13,8 +13,8 @@ namespace embedtrain {
 
 class RowGradients {
   public:
-    // factor: multiplies every sum, but not the gradients that are summed already. damping: null for none. dim: dimension of a row. Uses slots 0 and 1 of the calling
-    // thread's scratch memory.
+    // factor: multiplies every sum, but not the gradients that are summed already. damping: null for none. dim:
+    // dimension of a row. Uses slots 0 and 1 of the calling thread's scratch memory.
     RowGradients(const EmbedtrainGradient& gradient, float factor, const EmbedtrainDamping* damping, int64_t dim,
                  int num_parts);
 

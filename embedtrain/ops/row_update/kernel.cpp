@@ -156,9 +156,9 @@ const Work kWork[2][3][2] = {
 }  // namespace
 
 void embedtrain_moment_update(void* weight, float* first, float* second, const EmbedtrainGradient* gradient,
-                              float factor, const EmbedtrainDamping* damping, const int64_t* rounding_keys, int second_kind,
-                              int64_t num_rows, int64_t dim, const Coefficients* coefficients, int num_threads,
-                              int64_t* num_outside) {
+                              float factor, const EmbedtrainDamping* damping, const int64_t* rounding_keys,
+                              int second_kind, int64_t num_rows, int64_t dim, const Coefficients* coefficients,
+                              int num_threads, int64_t* num_outside) {
     const int64_t num_touched = gradient->num_touched;
     const int num_parts = num_touched * dim < kSmallWork ? 1 : num_threads;
     const RowGradients gradients(*gradient, factor, damping, dim, num_parts);

@@ -59,7 +59,7 @@ def moment_update(
     if not all([tensor is None or tensor.is_contiguous() for tensor in (weight, first, second)]):
         raise ValueError("weight and states must be contiguous")
     if first is None and second is not None and second.dim() == 1 and _is_rowwise_adagrad(step, moments):
-        # Rounding keys and damping belong to distinct rows.
+        # Rounding keys and damping have an entry for each distinct row, so that kernel takes the gradient by row.
         is_by_row = gradient.is_summed or step.rounding_keys is not None or gradient.damping is not None
         terms = None if is_by_row else sort_terms(gradient)
         if terms is None:

@@ -18,7 +18,7 @@ def sort_unique(keys: Tensor, largest: int, with_inverse: bool) -> SortedKeys:
     keys = keys.contiguous()
     n = keys.numel()
     unique, starts = empty_buffer(n + 1, dtype=torch.int64), empty_buffer(n + 1, dtype=torch.int64)
-    # Either the inverse or the order. Most callers that take the inverse need no order; `order_of` makes it for others.
+    # The sort writes the inverse or the order. Most callers of the inverse need no order; `order_of` computes it.
     positions = empty_buffer(n, dtype=torch.int64)
     address = positions.data_ptr()
     num_distinct, num_outside = ctypes.c_int64(), ctypes.c_int64()
