@@ -100,6 +100,8 @@ class Program(click.Group):
             say(f"embedtrain: failed: {error}")
             status = EXIT_FAILED
         except KeyboardInterrupt:
+            if is_first_rank():
+                say("embedtrain: interrupted")
             status = EXIT_INTERRUPTED
         except BrokenPipeError:
             # The reader of the output has closed the pipe, as `| head` does.

@@ -28,5 +28,5 @@ def grow(path: str, new_path: str, settings: Sequence[str]) -> int:
     old_path, new_path = paths
     for table in grow_run(old_path, new_path, overrides, init_distributed(device="cpu")):
         tell(f"table {table.name}: {table.num_kept:,} rows kept, {table.num_new:,} new")
-    tell(f"continue training with: embedtrain train {new_path.rstrip('/')}/config.yaml")
+    tell(f"train it with: embedtrain train {new_path.rstrip('/')}/config.yaml, or with torchrun on several ranks")
     return EXIT_DONE

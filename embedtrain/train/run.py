@@ -143,10 +143,12 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
         if run.is_begun and not run.is_resumed:
             _say(f"{run.folder.path} holds a run that ended before its first checkpoint: it starts anew")
         total, where = run.trainer.total_steps, f"{counted(runtime.world_size, 'rank')}, {runtime.device.type}"
-        if run.is_resumed:
+        of_all = "" if total is None else f": {counted(total, 'step')}"
+        if run.is_resumed and state.step == 0:
+            _say(f"starting from the grown tables{of_all}, {where}")
+        elif run.is_resumed:
             _say(f"resuming at step {state.step:,}{'' if total is None else f' of {total:,}'}, {where}")
         else:
-            of_all = "" if total is None else f": {counted(total, 'step')}"
             _say(f"starting{of_all}, {where}")
 
     verification = begin_verification(run.unverified, config.run.timeout_seconds, runtime.ranks)

@@ -99,7 +99,7 @@ def test_old_words_keep_their_rows_and_states_and_new_ones_begin_as_in_a_new_run
     assert "grown from   old, step" in shown
     learnt = job.run("train", "grown/config.yaml", ranks=3)
     assert learnt.returncode == 0, learnt.stderr
-    assert "resuming at step 0 of" in learnt.stderr
+    assert "starting from the grown tables: " in learnt.stderr
     assert "grown from   old, step" in job.run("inspect", "grown").stdout
 
 

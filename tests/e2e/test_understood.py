@@ -147,4 +147,4 @@ def test_an_interrupted_command_leaves_without_a_traceback(job: Job) -> None:
         process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
-    assert errors == "reading the configuration from the pipe waits.yaml until it is closed\n"
+    assert errors == "reading the configuration from the pipe waits.yaml until it is closed\nembedtrain: interrupted\n"

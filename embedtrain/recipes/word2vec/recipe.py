@@ -114,7 +114,7 @@ def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> P
         model.tables,
         optimizer,
         batches,
-        evaluation=_build_evaluation(config, model, corpus),
+        evaluation=_build_evaluation(config, model, corpus, runtime),
         unit="words",
         measures=[SIMILARITY] if _similarity_paths(config) else [],
         frequencies=dict.fromkeys((INPUT, OUTPUT), torch.from_numpy(corpus.vocabulary.counts)),
@@ -214,11 +214,16 @@ def _facts(corpus: PreparedCorpus) -> dict[str, Any]:
     }
 
 
-def _build_evaluation(config: Word2VecConfig, model: Word2Vec, corpus: PreparedCorpus) -> Evaluation | None:
+def _build_evaluation(
+    config: Word2VecConfig, model: Word2Vec, corpus: PreparedCorpus, runtime: Runtime
+) -> Evaluation | None:
     paths = _similarity_paths(config)
     if not paths:
         return None
     measure = WordSimilarity(model.tables, corpus.vocabulary.words, {path: _read_pairs(path) for path in paths})
+    for path, (num_unknown, num_pairs) in measure.count_unknown().items():
+        if num_unknown and runtime.rank == 0:
+            _logger.info(f"{path}: {num_unknown:,} of {num_pairs:,} pairs have an unknown word and do not count")
     return Evaluation(measure, config.evaluate.every_steps, config.evaluate.every_epochs)
 
 
@@ -251,6 +256,15 @@ class WordSimilarity:
         # Only the words of the pairs, because the vectors of the whole vocabulary may not fit on one rank.
         ids = [number for number, word in enumerate(words) if word.upper() in asked]
         self._ids, self.words = torch.tensor(ids, dtype=torch.int64, device=tables.device), [words[i] for i in ids]
+
+    def count_unknown(self) -> dict[str, tuple[int, int]]:
+        """Returns, for each file, its number of pairs with a word out of the vocabulary, and of all pairs."""
+        known = {word.upper() for word in self.words}
+        counts = {}
+        for path, lines in self.lines.items():
+            pairs = [{first.upper(), second.upper()} for first, second, _ in read_pairs(lines, path)]
+            counts[path] = sum(not pair <= known for pair in pairs), len(pairs)
+        return counts
 
     @torch.no_grad()
     def unit_vectors(self) -> FloatRows:

@@ -50,7 +50,7 @@ def test_of_large_data_the_head_is_read_and_removed_again(
     monkeypatch.setattr(dry_run, "HEAD_BYTES", 4000)
     assert main([*arguments, "--dry-run"]) == 0
     captured = capfd.readouterr()
-    assert "the first 3.91 KiB; rows are of these" in captured.out
+    assert "the first 3.91 KiB: the plan is of these," in captured.out
     assert not contents(tmp_path / "cache")
     assert not (tmp_path / "run").exists()
 
