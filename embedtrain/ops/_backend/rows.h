@@ -51,6 +51,14 @@ EMBEDTRAIN_INLINE int64_t rows_ahead_to_update(int64_t row_bytes) {
     return std::clamp<int64_t>(8192 / (row_bytes + 64), 4, 24);
 }
 
+// Prefetches for a loop over an array what it reaches a page later. The hardware prefetches to the end of a page only, so
+// without this a loop waits at each page of cold memory.
+template <int kWillWrite = 0, typename Value>
+EMBEDTRAIN_INLINE void prefetch_ahead(const Value* values, int64_t i) {
+    constexpr int64_t page = 4096 / sizeof(Value), line = 64 / sizeof(Value);
+    if (i % line == 0) __builtin_prefetch(values + i + page, kWillWrite);
+}
+
 template <int kWillWrite>
 EMBEDTRAIN_INLINE void prefetch_row(const void* row, int64_t bytes) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(row), end = begin + static_cast<uintptr_t>(bytes);

@@ -5,11 +5,12 @@
 
 #include "embedtrain.h"
 #include "parallel.h"
+#include "rows.h"
 
 void embedtrain_count_rows(const int64_t* inputs, const int64_t* targets, const int64_t* starts, const int64_t* stops,
                            int64_t num_positions, int64_t num_targets, int64_t num_rows, float* counts,
                            int64_t* num_outside) {
-    using embedtrain::scratch;
+    using namespace embedtrain;
     const int64_t n = num_positions;
     // Windows that begin minus windows that end, by position. The running sum is the number of windows around a word.
     int32_t* begun = static_cast<int32_t*>(scratch(0, (n + 1) * static_cast<int64_t>(sizeof(int32_t))));
@@ -29,11 +30,15 @@ void embedtrain_count_rows(const int64_t* inputs, const int64_t* targets, const 
     int64_t windows = 0;
     for (int64_t i = 0; i < n; ++i) {
         windows += begun[i];
+        prefetch_ahead(inputs, i);
+        prefetch_ahead(starts, i);
+        prefetch_ahead(stops, i);
         const uint64_t input = std::min(static_cast<uint64_t>(inputs[i]), bound);
         outside += input == bound;
         totals[input] += (windows - 1) * num_targets;
         const int64_t contexts = stops[i] - starts[i] - 1;
         for (int64_t k = 0; k < num_targets; ++k) {
+            prefetch_ahead(targets, i * num_targets + k);
             const uint64_t target = std::min(static_cast<uint64_t>(targets[i * num_targets + k]), bound);
             outside += target == bound;
             totals[target] += contexts;

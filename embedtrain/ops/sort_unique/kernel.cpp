@@ -78,6 +78,7 @@ bool count_keys(const int64_t* keys, int64_t num_keys, int64_t num_counters, con
     uint32_t* numbers = static_cast<uint32_t*>(scratch(1, num_counters * 4));
     std::fill_n(places, num_counters, 0u);
     for (int64_t i = 0; i < num_keys; ++i) {
+        prefetch_ahead(keys, i);
         if (static_cast<uint64_t>(keys[i]) >= static_cast<uint64_t>(num_counters)) return false;
         ++places[keys[i]];
     }
@@ -97,7 +98,11 @@ bool count_keys(const int64_t* keys, int64_t num_keys, int64_t num_counters, con
         for (int64_t i = 0; i < num_keys; ++i) e.order[places[keys[i]]++] = i;
     }
     if (e.inverse) {
-        for (int64_t i = 0; i < num_keys; ++i) e.inverse[i] = numbers[keys[i]];
+        for (int64_t i = 0; i < num_keys; ++i) {
+            prefetch_ahead(keys, i);
+            prefetch_ahead<1>(e.inverse, i);
+            e.inverse[i] = numbers[keys[i]];
+        }
     }
     e.starts[next] = num_keys;
     *e.num_distinct = next;

@@ -5,6 +5,7 @@
 #include "divisor.h"
 #include "embedtrain.h"
 #include "parallel.h"
+#include "rows.h"
 #include "simd.h"
 
 namespace {
@@ -49,6 +50,8 @@ EMBEDTRAIN_INLINE void write_keys(EmbedtrainIds& feature, int64_t* keys, KeyOf k
     const uint64_t num_rows = feature.num_rows;
     int64_t num_outside = 0;
     for (int64_t i = 0; i < feature.num_ids; ++i) {
+        prefetch_ahead(ids, i);
+        prefetch_ahead<1>(keys, i);
         // As unsigned numbers, negative ids are large, so one comparison finds them too.
         const uint64_t given = static_cast<uint64_t>(static_cast<int64_t>(ids[i]));
         num_outside += given >= num_rows;
