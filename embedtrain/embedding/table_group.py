@@ -328,4 +328,4 @@ class _RoundingKeys:
 
     def tables_of(self, rows: Tensor) -> Tensor:
         """Returns the position of each local row's table."""
-        return torch.searchsorted(self._starts[0], rows, right=True) - 1
+        return torch.bucketize(rows, self._starts[0, 1:], right=True)

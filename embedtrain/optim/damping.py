@@ -10,6 +10,7 @@ from torch import Tensor
 
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.ops._backend.transfer import to_device
+from embedtrain.ops.busiest_rows import busiest_rows, count_buckets
 from embedtrain.ops.damp_rows import Damping
 from embedtrain.ops.top_eigenpairs import top_eigenpairs
 from embedtrain.ops.weighted_square import weighted_square
@@ -19,8 +20,6 @@ from embedtrain.optim.preconditioning import Touched
 _NUM_BUSIEST = 4096
 """Number of the most frequent rows that a second moment is computed from. It trains as well as one over all rows, in a
 tenth of the time."""
-_BUCKETS_PER_OCTAVE = 4
-_NUM_BUCKETS = 32 * _BUCKETS_PER_OCTAVE
 
 
 class CurvatureDamping:
@@ -73,11 +72,7 @@ class CurvatureDamping:
         """Returns the damping of each table group, all of which contain paired tables. Collective: every rank."""
         names = list(self._partner_of)
         counts = self._counts(touched)
-        # All unpaired tables of a group share one more index, len(names), whose curvature is zero.
-        tables = [torch.tensor([_position(names, name) for name in part.table_names]) for part in touched]
-        tables = [
-            to_device(known, part.tables.device)[part.tables] for known, part in zip(tables, touched, strict=True)
-        ]
+        tables = [_positions(names, part) for part in touched]
         moments = _second_moments(touched, counts, tables, len(names), ranks)
         partners = [names.index(self._partner_of[name]) for name in names]
         curvatures, directions = top_eigenpairs(moments[partners], self.directions)
@@ -91,7 +86,7 @@ class CurvatureDamping:
                     "define a row's learning rate before a step. Use SGD, or RowwiseAdagrad or Adagrad with "
                     "initial_accumulator_value above 0"
                 )
-            dampings.append(Damping(of_table, self.factor * part.rates * own, curvatures, directions))
+            dampings.append(Damping(of_table, (self.factor * part.rates).mul_(own), curvatures, directions))
         return dampings
 
     def _check_tables(self, touched: Sequence[Touched]) -> None:
@@ -124,8 +119,12 @@ def has_row_rates(optimizer: SparseOptimizer) -> bool:
     )
 
 
-def _position(names: Sequence[str], name: str) -> int:
-    return names.index(name) if name in names else len(names)
+def _positions(names: Sequence[str], part: Touched) -> Tensor:
+    """Returns the index of each row's table in `names`, [n] int64. All other tables have the index `len(names)`."""
+    known = [names.index(name) if name in names else len(names) for name in part.table_names]
+    if known == list(range(len(known))):
+        return part.tables
+    return to_device(torch.tensor(known), part.tables.device)[part.tables]
 
 
 def _second_moments(
@@ -139,40 +138,15 @@ def _second_moments(
         [num_tables, dim, dim] float32.
     """
     device, dim = counts[0].device, touched[0].store.weight.shape[1]
-    # The choice of rows must not depend on the world size or on how ties are broken, so it compares histogram buckets.
-    keys = [of_table * _NUM_BUCKETS + _buckets(own) for own, of_table in zip(counts, tables, strict=True)]
-    histogram = torch.zeros((num_tables + 1) * _NUM_BUCKETS, dtype=torch.int64, device=device)
-    for key in keys:
-        histogram.index_add_(0, key, torch.ones_like(key))
-    ranks.all_reduce(histogram)
-    at_or_above = histogram.view(-1, _NUM_BUCKETS).flip(1).cumsum(1).flip(1)
-    lowest = ((at_or_above >= _NUM_BUSIEST).sum(dim=1, keepdim=True) - 1).clamp(min=0)
-    is_busy = (torch.arange(_NUM_BUCKETS, device=device) >= lowest).flatten()
+    # Rows of unpaired tables have the index `num_tables`.
+    each = [count_buckets(own, of_table, num_tables + 1) for own, of_table in zip(counts, tables, strict=True)]
+    histogram = ranks.all_reduce(sum(each[1:], start=each[0]))
     sums = torch.zeros(num_tables, dim * dim + 1, dtype=torch.float32, device=device)
-    for part, own, key, of_table in zip(touched, counts, keys, tables, strict=True):
-        is_chosen = is_busy[key]
-        # On a GPU, selecting rows would make the host wait for their number, so weights of zero leave rows out.
-        can_select = device.type == "cpu"
-        if can_select:
-            busy = is_chosen.nonzero().flatten()
-            places, weights, of_table = part.places[busy], own[busy], of_table[busy]
-        else:
-            places, weights = part.places, own * is_chosen
-        for number in range(num_tables):
-            is_own = of_table == number
-            if can_select:
-                chosen = is_own.nonzero().flatten()
-                rows, of_own = places[chosen], weights[chosen]
-            else:
-                rows, of_own = places, weights * is_own
-            sums[number, :-1] += weighted_square(part.store.weight, rows, of_own).flatten()
-            sums[number, -1] += of_own.sum()
+    for part, own, of_table in zip(touched, counts, tables, strict=True):
+        busiest = busiest_rows(part.places, own, of_table, histogram, _NUM_BUSIEST)
+        for of_sum, (rows, weights) in zip(sums, busiest, strict=False):
+            of_sum[:-1] += weighted_square(part.store.weight, rows, weights).flatten()
+            of_sum[-1] += weights.sum()
     ranks.all_reduce(sums)
     # A table without any pair gets zeros.
     return (sums[:, :-1] / sums[:, -1:].clamp(min=1e-30)).view(num_tables, dim, dim)
-
-
-def _buckets(counts: Tensor) -> Tensor:
-    """Returns the histogram bucket of each count, [n] int64: the float's exponent and two bits of its mantissa."""
-    one = 127 * _BUCKETS_PER_OCTAVE
-    return ((counts.view(torch.int32) >> 21).long() - one).clamp(0, _NUM_BUCKETS - 1)

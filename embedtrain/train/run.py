@@ -140,16 +140,7 @@ def train_run(
 def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profiled: bool, watch: Watch | None) -> int:
     state = run.trainer.state
     if runtime.rank == 0:
-        if run.is_begun and not run.is_resumed:
-            _say(f"{run.folder.path} holds a run that ended before its first checkpoint: it starts anew")
-        total, where = run.trainer.total_steps, f"{counted(runtime.world_size, 'rank')}, {runtime.device.type}"
-        of_all = "" if total is None else f": {counted(total, 'step')}"
-        if run.is_resumed and state.step == 0:
-            _say(f"starting from the grown tables{of_all}, {where}")
-        elif run.is_resumed:
-            _say(f"resuming at step {state.step:,}{'' if total is None else f' of {total:,}'}, {where}")
-        else:
-            _say(f"starting{of_all}, {where}")
+        _say_how_it_starts(run, runtime)
 
     verification = begin_verification(run.unverified, config.run.timeout_seconds, runtime.ranks)
 
@@ -236,6 +227,18 @@ def _profile(folder: RunFolder, rank: int) -> Iterator[StepProfile]:
         _logger.warning(
             f"no profile was written: the first {profile.warmup_steps} steps are not profiled, and no step followed"
         )
+
+
+def _say_how_it_starts(run: Run, runtime: Runtime) -> None:
+    if run.is_begun and not run.is_resumed:
+        _say(f"{run.folder.path} holds a run that ended before its first checkpoint: it starts anew")
+    step, total = run.trainer.state.step, run.trainer.total_steps
+    where = f"{counted(runtime.world_size, 'rank')}, {runtime.device.type}"
+    of_all = "" if total is None else f": {counted(total, 'step')}"
+    if run.is_resumed and step > 0:
+        _say(f"resuming at step {step:,}{'' if total is None else f' of {total:,}'}, {where}")
+    else:
+        _say(f"starting{' from the grown tables' if run.is_resumed else ''}{of_all}, {where}")
 
 
 def _say(line: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from embedtrain.ops._backend import dispatch
 from embedtrain.ops._backend.mix import mix64
+from embedtrain.ops.busiest_rows import busiest_rows, count_buckets
 from embedtrain.ops.damp_rows import Damping, damp_rows
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.gather_rows import reference as reference_gather
@@ -51,6 +52,20 @@ def test_damping(device: torch.device, dim: int) -> None:
     grad = torch.randn(1000, dim, generator=torch.Generator().manual_seed(dim))
     found = damp_rows(grad.to(device), Damping(*(tensor.to(device) for tensor in damping)))
     torch.testing.assert_close(found.cpu().double(), damp_exactly(grad, damping), rtol=1e-4, atol=1e-5)
+
+
+def test_the_busiest_rows_have_their_counts_and_others_have_zero(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts, tables = torch.randint(1, 900, (700,), generator=generator).float(), torch.arange(700) % 2
+    histogram = count_buckets(counts, tables, 2)
+    moved = [tensor.to(device) for tensor in (torch.arange(700), counts, tables)]
+    assert torch.equal(count_buckets(*moved[1:], 2).cpu(), histogram)
+    found = busiest_rows(*moved, histogram.to(device), 40)
+    for (rows, of_rows), (chosen, of_chosen) in zip(
+        found, busiest_rows(torch.arange(700), counts, tables, histogram, 40), strict=True
+    ):
+        assert torch.equal(rows.cpu(), torch.arange(700))
+        assert torch.equal(of_rows.cpu(), torch.zeros(700).index_copy(0, chosen, of_chosen))
 
 
 @pytest.mark.parametrize("dim", [3, 100, 129])

@@ -94,6 +94,23 @@ struct EmbedtrainDamping {
 // it never changes the content of the memory.
 void embedtrain_advise_huge_pages(void* memory, int64_t bytes);
 
+// Counts the rows of each table by the bucket of their count. counts, tables: [num_rows]; histogram: [num_tables, 128],
+// zeros on entry, output.
+void embedtrain_count_buckets(const float* counts, const int64_t* tables, int64_t num_rows, int64_t num_tables,
+                              int64_t* histogram, int64_t* num_outside);
+
+// Chooses the rows of each table whose count is in the fewest upper buckets with `number` rows by the histogram. rows,
+// counts, tables: [num_rows]; histogram: [num_tables, 128]; chosen_rows, chosen_counts: [num_rows], outputs, the chosen
+// rows of the first table, then those of the second, and so on; num_chosen: [num_tables], output.
+void embedtrain_busiest_rows(const int64_t* rows, const float* counts, const int64_t* tables, int64_t num_rows,
+                             const int64_t* histogram, int64_t num_tables, int64_t number, int64_t* chosen_rows,
+                             float* chosen_counts, int64_t* num_chosen, int64_t* num_outside);
+
+// Finds the largest eigenvalues of symmetric matrices without negative eigenvalues, and their eigenvectors. matrices:
+// [num_matrices, dim, dim]; values: [num_matrices, number], output; vectors: [num_matrices, number, dim], output.
+void embedtrain_top_eigenpairs(const float* matrices, int64_t num_matrices, int64_t dim, int64_t number, float* values,
+                               float* vectors);
+
 // Copies rows. source: [num_source_rows, dim]; rows: [num_rows]; target: [num_rows, dim], output. Rows that are out of
 // range are not copied.
 void embedtrain_gather_rows(const void* source, int64_t num_source_rows, int source_is_bfloat16, const int64_t* rows,

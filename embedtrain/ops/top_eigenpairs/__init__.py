@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import dispatch
-from embedtrain.ops.top_eigenpairs import reference
+from embedtrain.ops.top_eigenpairs import native, reference
 
 __all__ = ["top_eigenpairs"]
 
@@ -38,4 +38,6 @@ def top_eigenpairs(matrices: Tensor, number: int) -> tuple[Tensor, Tensor]:
         from embedtrain.ops.top_eigenpairs import triton
 
         return triton.top_eigenpairs(matrices, number)
+    if dispatch.uses_native(matrices):
+        return native.top_eigenpairs(matrices, number)
     return reference.top_eigenpairs(matrices, number)
