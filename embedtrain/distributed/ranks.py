@@ -127,6 +127,16 @@ class Ranks(ABC):
         received = self.all_to_all(rows, send_counts, receive_counts).to(dtype).split(list(receive_counts))
         return list(received), None if numbers is None else self.all_to_all(numbers, send_counts, receive_counts)
 
+    def lending_buffer(self, num_rows: int, dim: int, device: torch.device) -> Tensor | None:
+        """Returns memory from which `all_to_all_split` sends rows without copying them; not a collective.
+
+        The rows must not change between that call and the next one.
+
+        Returns:
+            [num_rows, dim] float32, uninitialised; None if the ranks have no such memory, or none is free.
+        """
+        return None
+
     def kept(self, rows: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Returns rows of `all_to_all_split` in memory that no call overwrites: copies, where necessary.
 

@@ -308,9 +308,12 @@ class RemoteRequest(GroupRequest):
 
     def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> Delivery | None:
         """See `GroupRequest`; gradients are summed by row before they are sent."""
-        dim = self.group.weight.shape[1]
-        no_rows = torch.zeros(0, dim, dtype=torch.float32, device=self.group.device)
-        return self.send_distinct_home(pool_rows_backward(grads, bags, self.distinct, dim) if bags else no_rows)
+        dim, device = self.group.weight.shape[1], self.group.device
+        if not bags:
+            return self.send_distinct_home(torch.zeros(0, dim, dtype=torch.float32, device=device))
+        keys = self.distinct
+        buffer = self.group.ranks.lending_buffer(keys.unique.numel(), dim, device)
+        return self.send_distinct_home(pool_rows_backward(grads, bags, keys, dim, buffer=buffer))
 
     def send_distinct_home(self, grad: Tensor, counts: Tensor | None = None) -> Delivery | None:
         """See `GroupRequest`."""

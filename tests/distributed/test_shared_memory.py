@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 
 import embedtrain as et
+from embedtrain.distributed import shared_memory
 from embedtrain.distributed.ranks import GroupRanks, Ranks
 from embedtrain.distributed.runtime import job_ranks
 from embedtrain.distributed.shared_memory import VARIABLE, SharedMemoryRanks
 from embedtrain.ops._backend.dispatch import cpu_backend
 from embedtrain.testing.ranks import run_ranks
+from tests.distributed import test_damping
 
 # Rows from rank s to rank r in round n: none, fewer and more bytes than a copy prefetches, and many.
 SIZES = [0, 3, 29, 700, 40_000]
@@ -72,8 +74,12 @@ def test_rows_arrive_as_through_the_process_group(world_size: int) -> None:
     run_ranks(world_size, exchange_rounds)
 
 
-def train(ranks: Ranks, variable: str, wire_dtype: torch.dtype | None) -> tuple[bool, list[torch.Tensor]]:
+def train(
+    ranks: Ranks, variable: str, wire_dtype: torch.dtype | None, is_lending: bool = False
+) -> tuple[bool, list[torch.Tensor]]:
     os.environ[VARIABLE] = variable
+    if is_lending:
+        shared_memory._SMALLEST_LOAN_BYTES = 0
     ranks = job_ranks()
     features = [et.FeatureSpec("item"), et.FeatureSpec("history", "item", pooling="mean")]
     features += [et.FeatureSpec("bought", "item", pooling="sum", pool_at="owner")]
@@ -98,10 +104,14 @@ def train(ranks: Ranks, variable: str, wire_dtype: torch.dtype | None) -> tuple[
     return isinstance(ranks, SharedMemoryRanks), found
 
 
-@pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_training_is_the_same_to_the_last_bit(world_size: int, wire_dtype: torch.dtype | None) -> None:
-    through_memory = run_ranks(world_size, train, "", wire_dtype)
+@pytest.mark.parametrize(
+    ("world_size", "wire_dtype", "is_lending"),
+    [(2, None, False), (2, None, True), (2, torch.bfloat16, True), (3, torch.bfloat16, False), (3, None, True)],
+)
+def test_training_is_the_same_to_the_last_bit(
+    world_size: int, wire_dtype: torch.dtype | None, is_lending: bool
+) -> None:
+    through_memory = run_ranks(world_size, train, "", wire_dtype, is_lending)
     through_the_group = run_ranks(world_size, train, "0", wire_dtype)
     for (is_shared, found), (is_also_shared, expected) in zip(through_memory, through_the_group, strict=True):
         assert is_shared and not is_also_shared
@@ -132,9 +142,11 @@ def test_ranks_that_disagree_on_the_number_of_rows_are_told() -> None:
     run_ranks(2, disagree)
 
 
-def accumulate(ranks: Ranks, variable: str) -> list[torch.Tensor]:
+def accumulate(ranks: Ranks, variable: str, is_lending: bool = False) -> list[torch.Tensor]:
     """Trains two groups of tables on several batches a step; rank 1 is late."""
     os.environ[VARIABLE] = variable
+    if is_lending:
+        shared_memory._SMALLEST_LOAN_BYTES = 0
     tables = et.EmbeddingCollection([et.TableSpec("a", 50, 4), et.TableSpec("b", 50, 6)], ranks=job_ranks(), seed=1)
     optimizer = et.optim.SGD(tables, lr=0.1)
     for step in range(3):
@@ -148,10 +160,64 @@ def accumulate(ranks: Ranks, variable: str) -> list[torch.Tensor]:
     return [tables.gather_table(name) for name in "ab"]
 
 
-def test_gradients_wait_unchanged_for_a_late_rank() -> None:
-    for found, expected in zip(run_ranks(2, accumulate, ""), run_ranks(2, accumulate, "0"), strict=True):
+@pytest.mark.parametrize("is_lending", [False, True])
+def test_gradients_wait_unchanged_for_a_late_rank(is_lending: bool) -> None:
+    through_memory, through_the_group = run_ranks(2, accumulate, "", is_lending), run_ranks(2, accumulate, "0")
+    for found, expected in zip(through_memory, through_the_group, strict=True):
         for tensor, other in zip(found, expected, strict=True):
             assert torch.equal(tensor, other)
+
+
+def train_words(ranks: Ranks, variable: str) -> dict[str, torch.Tensor]:
+    os.environ[VARIABLE] = variable
+    shared_memory._SMALLEST_LOAN_BYTES = 0
+    return test_damping.train(job_ranks(), "skipgram", num_parts=3)
+
+
+def test_lent_gradients_of_words_are_the_same_to_the_last_bit() -> None:
+    for found, expected in zip(run_ranks(2, train_words, ""), run_ranks(2, train_words, "0"), strict=True):
+        assert found and all(torch.equal(found[name], values) for name, values in expected.items())
+
+
+def lend(ranks: Ranks) -> str:
+    """Sends lent rows in turn with copied ones, with and without numbers; rank 1 reads late."""
+    assert isinstance(ranks, SharedMemoryRanks)
+    shared_memory._SMALLEST_LOAN_BYTES = 0
+    cpu, other = torch.device("cpu"), 1 - ranks.rank
+    for number in range(12):
+        to_each = [rows_between(ranks.rank, receiver, 3 * number).float() for receiver in range(2)]
+        from_each = [rows_between(sender, ranks.rank, 3 * number).float() for sender in range(2)]
+        rows = torch.cat(to_each)
+        buffer = ranks.lending_buffer(*rows.shape, cpu) if number % 4 < 3 else None
+        if buffer is None and number % 4 < 3 and len(rows):
+            return "the system has no huge pages for shared memory"
+        sent = rows if buffer is None else buffer.copy_(rows)
+        numbers = rows[:, 0].clone() if number % 2 else None
+        counts = [len(part) for part in to_each], [len(part) for part in from_each]
+        parts, of_parts = ranks.all_to_all_split(sent, *counts, torch.float32, numbers)
+        time.sleep(0.02 * ranks.rank)
+        assert torch.equal(torch.cat(parts), torch.cat(from_each))
+        assert (of_parts is None) == (numbers is None)
+        if of_parts is not None:
+            assert torch.equal(of_parts, torch.cat(from_each)[:, 0])
+        assert len(parts[other]) == 0 or ranks._lent.was_received(parts[other])
+        del buffer, sent, parts
+    held = [ranks.lending_buffer(1000, 7, cpu) for _ in range(8)]
+    assert 2 < sum(buffer is not None for buffer in held) < 8, "what is in use must not be lent again"
+    assert len({buffer.data_ptr() for buffer in held if buffer is not None}) == sum(b is not None for b in held)
+    held.clear()
+    lent = ranks.lending_buffer(2, 3, cpu)
+    assert lent is not None
+    with pytest.raises(ValueError, match="a rank sent 1 rows to a rank that expects 2"):
+        # Both ranks expect a row more than the other one sends.
+        ranks.all_to_all_split(lent, [1, 1], [2, 2], torch.float32)
+    return ""
+
+
+def test_lent_rows_are_read_where_they_are_and_stay_until_they_were_read() -> None:
+    for reason in run_ranks(2, lend):
+        if reason:
+            pytest.skip(reason)
 
 
 def wait_for_the_dead(ranks: Ranks) -> None:

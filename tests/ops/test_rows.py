@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from embedtrain.ops._backend import library
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.pool_rows import Bags, pool_rows, pool_rows_backward
 from embedtrain.ops.segment_sum import segment_sum
@@ -113,6 +114,16 @@ def test_pooling_and_its_gradient_equal_a_product_with_a_matrix(
     keys = sort_unique(index)
     summed = pool_rows_backward(grads, features, keys, dim)
     torch.testing.assert_close(summed.double(), expected_grad[keys.unique], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(not library.PATH.exists(), reason="only the native kernel writes to a buffer")
+def test_sums_are_written_to_the_buffer() -> None:
+    keys, grads, features = sort_unique(torch.tensor([4, 2, 4])), [torch.arange(6.0).view(3, 2)], [Bags(3)]
+    buffer = torch.full((2, 2), float("nan"))
+    summed = pool_rows_backward(grads, features, keys, 2, buffer=buffer)
+    assert summed.data_ptr() == buffer.data_ptr() and summed.tolist() == [[2, 3], [4, 6]]
+    with pytest.raises(ValueError, match=r"expected a contiguous buffer \[2, 2\] float32"):
+        pool_rows_backward(grads, features, keys, 2, buffer=torch.zeros(3, 2))
 
 
 def test_features_without_a_gradient_add_nothing(backend: str) -> None:

@@ -95,6 +95,18 @@ def test_a_factor_of_the_gradient_leaves_the_loss(backend: str) -> None:
     assert torch.equal(doubled, grad * 2)  # a power of two changes no digit
 
 
+@pytest.mark.skipif(not library.PATH.exists(), reason="only the native kernel writes to a buffer")
+def test_the_gradient_is_written_to_the_buffer() -> None:
+    vectors, block = make(40, 30, 100, 5, 5)
+    buffer = torch.full_like(vectors, float("nan"))
+    (loss, grad), (same_loss, expected) = skipgram_block(vectors, block, buffer=buffer), skipgram_block(vectors, block)
+    assert grad.data_ptr() == buffer.data_ptr()
+    assert torch.equal(grad, expected) and torch.equal(loss, same_loss)
+    for wrong in (buffer[1:], buffer.double(), buffer.T.contiguous().T):
+        with pytest.raises(ValueError, match=r"expected a contiguous buffer \[30, 100\] float32"):
+            skipgram_block(vectors, block, buffer=wrong)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_shows_in_the_loss(backend: str, bad: float) -> None:
     vectors, block = make(40, 30, 100, 5, 5)

@@ -94,6 +94,14 @@ struct EmbedtrainDamping {
 // it never changes the content of the memory.
 void embedtrain_advise_huge_pages(void* memory, int64_t bytes);
 
+// Moves [memory, memory + bytes), which begins and ends at huge pages, into huge pages, and allocates what has no memory
+// yet. Unlike advice, it also works for shared memory. error: 0, or the error's number if it had no effect.
+void embedtrain_collapse_pages(void* memory, int64_t bytes, int64_t* error);
+
+// Maps the first bytes of an open file at an address, in place of what is mapped there. Changes in memory are shared
+// with all processes that map the file. error: 0, or the error's number.
+void embedtrain_map_file(void* address, int64_t bytes, int file, int64_t* error);
+
 // Counts the rows of each table by the bucket of their count. counts, tables: [num_rows]; histogram: [num_tables, 128],
 // zeros on entry, output.
 void embedtrain_count_buckets(const float* counts, const int64_t* tables, int64_t num_rows, int64_t num_tables,

@@ -38,20 +38,42 @@ def empty_buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return _blocks.lease(num_bytes, shape, dtype)
 
 
-class _Block:
-    """Holds a block of memory, which is in use while a leased tensor refers to it."""
+def buffer_for(given: Tensor | None, num_rows: int, dim: int) -> Tensor:
+    """Returns the buffer that a caller gave for a kernel's result, or an `empty_buffer` if it gave none.
 
-    def __init__(self, num_bytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.num_bytes = num_bytes
-        self._storage = _allocate(num_bytes).untyped_storage()
+    Raises:
+        ValueError: the given buffer has another shape or dtype, or is not contiguous.
+    """
+    if given is None:
+        return empty_buffer(num_rows, dim)
+    if given.shape != (num_rows, dim) or given.dtype != torch.float32 or not given.is_contiguous():
+        raise ValueError(
+            f"expected a contiguous buffer [{num_rows}, {dim}] float32, got {given.dtype} {tuple(given.shape)}"
+        )
+    return given
+
+
+class Block:
+    """Holds a block of memory, which is in use while a leased tensor refers to it.
+
+    Args:
+        storage: the memory; no other tensor may refer to it.
+        shape, dtype: of the first tensor to lease; most steps need the same.
+    """
+
+    def __init__(self, storage: torch.UntypedStorage, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.num_bytes = storage.nbytes()
+        self._storage = storage
         self._latest = self._make(shape, dtype)
         self._own_references = self._count()
 
     @property
     def is_free(self) -> bool:
+        """Whether no leased tensor refers to the memory."""
         return self._count() == self._own_references
 
     def lease(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Returns a tensor in this memory."""
         # Most steps need the same shape as the previous step. Constructing a tensor over a storage takes several times
         # as long as copying one, especially with cold caches.
         if self._latest.shape != shape or self._latest.dtype != dtype:
@@ -75,7 +97,7 @@ class _Blocks:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._blocks: list[_Block] = []  # most recently used last
+        self._blocks: list[Block] = []  # most recently used last
 
     def lease(self, num_bytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns a tensor of `num_bytes` bytes in memory that no other tensor refers to."""
@@ -88,7 +110,7 @@ class _Blocks:
                     break
             else:
                 self._drop_free_blocks(size)
-                block = _Block(size, shape, dtype)
+                block = Block(_allocate(size).untyped_storage(), shape, dtype)
             self._blocks.append(block)
             return block.lease(shape, dtype)  # inside the lock, because this marks the block as in use
 

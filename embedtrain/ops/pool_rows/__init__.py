@@ -66,7 +66,12 @@ def _check_out(out: Sequence[Tensor], bags: Sequence[Bags], dim: int) -> None:
 
 
 def pool_rows_backward(
-    grads: Sequence[Tensor | None], bags: Sequence[Bags], keys: SortedKeys, dim: int, factor: float = 1.0
+    grads: Sequence[Tensor | None],
+    bags: Sequence[Bags],
+    keys: SortedKeys,
+    dim: int,
+    factor: float = 1.0,
+    buffer: Tensor | None = None,
 ) -> Tensor:
     """Sums the gradients of the bags that contain a row, for each distinct row.
 
@@ -77,6 +82,8 @@ def pool_rows_backward(
         keys: the sorted rows of the values.
         dim: dimension of the rows.
         factor: multiplies every sum.
+        buffer: [num_distinct, dim] float32, contiguous; memory that the sums may be returned in. Only the native kernel
+            uses it.
 
     Returns:
         [num_distinct, dim] float32. Duplicates are added in order of position, for any number of threads.
@@ -87,7 +94,7 @@ def pool_rows_backward(
                 f"expected a gradient [{feature.num_bags}, {dim}] float32, got {grad.dtype} {tuple(grad.shape)}"
             )
     if dispatch.uses_native(keys.order):
-        return native.pool_rows_backward(grads, bags, keys, dim, factor)
+        return native.pool_rows_backward(grads, bags, keys, dim, factor, buffer)
     if dispatch.uses_triton(keys.order):
         from embedtrain.ops.pool_rows import triton
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import library
-from embedtrain.ops._backend.row_memory import empty_buffer
+from embedtrain.ops._backend.row_memory import buffer_for, empty_buffer
 from embedtrain.ops.pool_rows.types import Bags
 from embedtrain.ops.sort_unique import SortedKeys
 
@@ -46,11 +46,16 @@ def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags], out: Sequence
 
 
 def pool_rows_backward(
-    grads: Sequence[Tensor | None], bags: Sequence[Bags], keys: SortedKeys, dim: int, factor: float = 1.0
+    grads: Sequence[Tensor | None],
+    bags: Sequence[Bags],
+    keys: SortedKeys,
+    dim: int,
+    factor: float = 1.0,
+    buffer: Tensor | None = None,
 ) -> Tensor:
     """See `embedtrain.ops.pool_rows`."""
     table, kept = describe(bags, grads)
-    summed = empty_buffer(keys.unique.numel(), dim)
+    summed = buffer_for(buffer, keys.unique.numel(), dim)
     num_outside = ctypes.c_int64()
     library.get().embedtrain_pool_rows_backward(
         dim,

@@ -18,7 +18,11 @@ _PARTS = 1 << 10
 
 
 def skipgram_block(
-    vectors: Tensor, block: TextBlock, architecture: Architecture = "skipgram", grad_factor: float = 1.0
+    vectors: Tensor,
+    block: TextBlock,
+    architecture: Architecture = "skipgram",
+    grad_factor: float = 1.0,
+    buffer: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes the negative-sampling loss of a block and its gradient in one pass.
 
@@ -30,6 +34,8 @@ def skipgram_block(
         block: the words, windows and negatives.
         architecture: "skipgram" or "cbow".
         grad_factor: positive; multiplies the gradient, which is cheaper here than in another pass.
+        buffer: [num_rows, dim] float32, contiguous; memory that the gradient may be returned in. Only the native
+            kernel uses it.
 
     Returns:
         loss: scalar float64; the sum over all predictions of `-log sigmoid(u.v) - sum_k log sigmoid(-u.n_k)`.
@@ -47,7 +53,7 @@ def skipgram_block(
     if not grad_factor > 0:
         raise ValueError(f"grad_factor must be positive, got {grad_factor}")
     if dispatch.uses_native(vectors) and architecture == "skipgram":
-        result = native.skipgram_block(vectors, block, grad_factor)
+        result = native.skipgram_block(vectors, block, grad_factor, buffer)
         if result is not None:
             return result
     if not vectors.is_cuda:

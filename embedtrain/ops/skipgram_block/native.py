@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import library
-from embedtrain.ops._backend.row_memory import empty_buffer
+from embedtrain.ops._backend.row_memory import buffer_for
 from embedtrain.ops.skipgram_block.types import TextBlock
 
 
-def skipgram_block(vectors: Tensor, block: TextBlock, grad_factor: float) -> tuple[Tensor, Tensor] | None:
+def skipgram_block(
+    vectors: Tensor, block: TextBlock, grad_factor: float, buffer: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
     """See `embedtrain.ops.skipgram_block`; returns None if an index or a window is out of range."""
     vectors = vectors.contiguous()
     inputs, targets = block.inputs.contiguous(), block.targets.contiguous()
     starts, stops = block.starts.contiguous(), block.stops.contiguous()
     loss = torch.zeros((), dtype=torch.float64)
-    grad = empty_buffer(*vectors.shape)
+    grad = buffer_for(buffer, *vectors.shape)
     num_outside = ctypes.c_int64()
     library.get().embedtrain_skipgram_block(
         vectors.data_ptr(),

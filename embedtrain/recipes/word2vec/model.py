@@ -107,7 +107,10 @@ class Word2Vec(nn.Module):
         vectors = self.tables.distinct_rows(batch.rows, counts=batch.counts)
         # The factor makes this a sum over all ranks, because the exchange averages gradients over the ranks.
         num_ranks = self.tables.ranks.size
-        loss: Tensor = _SkipGramLoss.apply(vectors, batch.block, self._architecture, num_ranks)  # type: ignore[no-untyped-call]
+        buffer = None
+        if vectors.requires_grad:
+            buffer = self.tables.ranks.lending_buffer(vectors.shape[0], vectors.shape[1], vectors.device)
+        loss: Tensor = _SkipGramLoss.apply(vectors, batch.block, self._architecture, num_ranks, buffer)  # type: ignore[no-untyped-call]
         return Objective(loss=loss, total=loss.detach() / num_ranks, num_predictions=batch.num_predictions)
 
     def prepare(self, batch: TextBatch) -> PreparedText:
@@ -147,17 +150,19 @@ class _SkipGramLoss(torch.autograd.Function):
     """Computes the loss times a factor. The op computes the gradient in forward, and backward only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, block: TextBlock, architecture: Architecture, factor: int) -> Tensor:
+    def forward(
+        ctx: Any, vectors: Tensor, block: TextBlock, architecture: Architecture, factor: int, buffer: Tensor | None
+    ) -> Tensor:
         with stage("kernel"):
-            loss, grad = skipgram_block(vectors, block, architecture, factor)
+            loss, grad = skipgram_block(vectors, block, architecture, factor, buffer)
         ctx.save_for_backward(grad)
         return loss * factor
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_of_loss: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_of_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = ctx.saved_tensors
         # The common factor 1 is skipped to save a pass over the gradient, but not on a GPU, where it costs a sync.
         is_one = not grad.is_cuda and float(grad_of_loss) == 1.0
         scaled = grad if is_one else grad * grad_of_loss.to(grad.dtype)
-        return scaled, None, None, None
+        return scaled, None, None, None, None
