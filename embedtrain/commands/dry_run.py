@@ -62,7 +62,7 @@ def dry_run(config: Config, folder: RunFolder, runtime: Runtime) -> None:
         if runtime.rank == 0:
             newest = latest_checkpoint(folder.checkpoints_path)
             tell(f"dry run      nothing is written to {folder.path}" + (f"; would resume {newest}" if newest else ""))
-            part = f"the first {format_bytes(HEAD_BYTES)}: the plan is of these, and all data have more rows"
+            part = f"about the first {format_bytes(HEAD_BYTES)}: the plan is of these, and all data have more rows"
             tell(f"data         {'all' if is_all else part}")
             print_plan(workload_of(tried, found[0]), Request(runtime.world_size))
             if not isinstance(task.batches, StreamedBatches):

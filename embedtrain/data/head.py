@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from embedtrain.data.codecs import without_compression
 from embedtrain.data.readers import Layout, format_of, suffixes_of
-from embedtrain.data.readers.blocks import read_chunks
+from embedtrain.data.readers.blocks import read_chunks, write_first
 from embedtrain.data.sources import CHUNK_BYTES, TEXT_SUFFIXES, Source, expand_sources
 
 TEXT = "text"
@@ -48,11 +48,5 @@ def write_head(
 
 
 def _copy_text(source: Source, path: str, max_bytes: int) -> int:
-    copied = 0
-    with open(path, "wb") as file:
-        for chunk in read_chunks(source, 0, source.size_bytes, chunk_bytes=min(CHUNK_BYTES, max_bytes)):
-            file.write(chunk)
-            copied += len(chunk)
-            if copied >= max_bytes:
-                break
-    return copied
+    chunks = read_chunks(source, 0, source.size_bytes, chunk_bytes=min(CHUNK_BYTES, max_bytes))
+    return write_first(chunks, path, max_bytes)

@@ -1,4 +1,4 @@
-"""Exchanges between processes of one host, through memory that they share."""
+"""Exchanges rows between processes of one host through memory that they share."""
 
 from __future__ import annotations
 
@@ -24,12 +24,10 @@ _ALIGNMENT = 64
 _SLOT_BYTES = 1 << 34
 """Address space for a rank's part of one exchange. Physical memory is allocated only where it is written."""
 _NUM_SLOTS = 2
-_NUM_LENDING_AREAS = 4
-"""Gradients that a rank can lend at a time: with one table group, the last step's and those of the step in progress."""
 _PATIENCE_MS = 50
 
-_ENTRY = 4
-"""Numbers that a rank writes for each receiver: start and count of the rows in the slot, and of rows that it lends."""
+_NUMBERS_PER_ENTRY = 4
+"""Of each receiver: start and count of the rows in the slot, and start and bytes of the rows that are lent."""
 _NOTHING_LENT = -1
 
 
@@ -41,40 +39,44 @@ class LendingArea:
 
     Attributes:
         memory: see above.
-        lent_in: number of the exchange in which its rows were sent last; -1 before the first.
+        lent_in: number of the exchange in which its rows were lent last; -1 before the first.
+        why_not: why the area cannot be used; None if it can.
     """
 
     def __init__(self, memory: Tensor) -> None:
         self.memory, self.lent_in = memory, -1
-        self._huge_bytes, self._has_huge_pages = 0, True
+        self.why_not: str | None = None
+        self._huge_bytes = 0
         self._block = Block(memory.untyped_storage(), (0,), torch.float32)
 
-    def lease(self, shape: tuple[int, ...], number: int) -> Tensor | None:
+    def buffer(self, shape: tuple[int, ...], num_complete: int) -> Tensor | None:
         """Returns uninitialised float32 memory; None if it is in use, too small, or the system has no huge pages.
 
         The caller adds to rows at random places, which is slow in small pages.
 
         Args:
             shape: shape of the tensor.
-            number: number of exchanges that are complete. Ranks read the rows of an exchange until the next one.
+            num_complete: number of exchanges that are complete. Ranks read the rows of an exchange until the next one.
         """
+        num_bytes = 4 * math.prod(shape)
+        is_read = self.lent_in >= num_complete
+        if self.why_not is not None or is_read or num_bytes > len(self.memory) or not self._block.is_free:
+            return None
+        self._use_huge_pages(num_bytes)
+        return None if self.why_not is not None else self._block.lease(shape, torch.float32)
+
+    def _use_huge_pages(self, num_bytes: int) -> None:
         from embedtrain.ops._backend import library
 
-        num_bytes = 4 * math.prod(shape)
-        if not (
-            self._has_huge_pages and self._block.is_free and self.lent_in < number and num_bytes <= len(self.memory)
-        ):
-            return None
         missing = -(-num_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES - self._huge_bytes
         if missing > 0:
             error = ctypes.c_int64()
             begin = self.memory.data_ptr() + self._huge_bytes
             library.get().embedtrain_collapse_pages(begin, missing, ctypes.addressof(error))
-            self._has_huge_pages = not error.value
             if error.value:
-                return None
-            self._huge_bytes += missing
-        return self._block.lease(shape, torch.float32)
+                self.why_not = f"shared memory has no huge pages: {os.strerror(error.value)}"
+            else:
+                self._huge_bytes += missing
 
 
 class Inbox:
@@ -94,27 +96,40 @@ class Inbox:
         regions: the memory of each rank.
         start: where the inbox begins in each region; several inboxes may share the regions.
         peers: a pidfd of every other rank.
+        num_areas: number of lending areas.
         timeout_seconds: how long to wait for a rank that lives.
 
     Attributes:
         number: number of exchanges that this rank sent.
+        num_complete: number of exchanges in which this rank has heard all others.
+        areas: parts of this rank's region for rows that it lends.
     """
 
     def __init__(
-        self, rank: int, regions: Sequence[memoryview], start: int, peers: Files, *, timeout_seconds: float
+        self,
+        rank: int,
+        regions: Sequence[memoryview],
+        start: int,
+        peers: Files,
+        *,
+        num_areas: int,
+        timeout_seconds: float,
     ) -> None:
         self.rank, self.size = rank, len(regions)
         self._timeout_seconds = timeout_seconds
         self._files = peers
         self._peers = dict(zip([r for r in range(self.size) if r != self.rank], peers.files, strict=True))
-        views = [region[start : start + inbox_bytes(self.size)] for region in regions]
+        views = [region[start : start + inbox_bytes(self.size, num_areas)] for region in regions]
         self._bytes = [torch.frombuffer(view, dtype=torch.uint8) for view in views]
         self._tables = [view[_TABLE_START : _header_bytes(self.size)].cast("q") for view in views]
         self._counters = [view[_COUNTER_START : _COUNTER_START + 4].cast("I") for view in views]
         self._own_address = self._bytes[self.rank].data_ptr()
         self._addresses = array("Q", [self._bytes[rank].data_ptr() for rank in self._peers])
         self._may_spin = self.size <= len(os.sched_getaffinity(0))
-        self.number = 0
+        self.number = self.num_complete = 0
+        memory = self._bytes[self.rank][_header_bytes(self.size) + _NUM_SLOTS * _SLOT_BYTES :].split(_SLOT_BYTES)
+        # A storage for each area, because a storage counts the tensors that refer to it.
+        self.areas = [LendingArea(torch.frombuffer(area.numpy(), dtype=torch.uint8)) for area in memory if len(area)]
 
     def rooms(self, counts: Sequence[int], row_shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
         """Returns the send buffers, which the caller must fill before `send`.
@@ -133,7 +148,7 @@ class Inbox:
         rooms = []
         table = self._tables[self.rank]
         for receiver, count in enumerate(self._without_own(counts)):
-            place = _ENTRY * (slot * self.size + receiver)
+            place = _NUMBERS_PER_ENTRY * (slot * self.size + receiver)
             table[place], table[place + 1], table[place + 2] = at, count, _NOTHING_LENT
             rooms.append(self._rows(self.rank, at, count, row_shape, dtype))
             at += -(-count * row_bytes // _ALIGNMENT) * _ALIGNMENT
@@ -143,26 +158,27 @@ class Inbox:
         return rooms
 
     def lend(self, parts: Sequence[Tensor]) -> None:
-        """Says where the rows for each rank are, which lie in this rank's region, after `rooms` and before `send`."""
+        """Says where the rows for each rank are, which lie in a lending area; after `rooms` and before `send`."""
         table, slot = self._tables[self.rank], (self.number + 1) % _NUM_SLOTS
         for receiver, part in enumerate(parts):
             if receiver != self.rank:
-                place = _ENTRY * (slot * self.size + receiver)
-                table[place + 2], table[place + 3] = part.data_ptr() - self._own_address, len(part)
+                place = _NUMBERS_PER_ENTRY * (slot * self.size + receiver)
+                table[place + 2], table[place + 3] = part.data_ptr() - self._own_address, part.nbytes
                 count_sent(part.nbytes)
 
     def borrowed(self, sender: int, count: int, row_shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
         """Returns the rows that a rank lent in the exchange just received, [count, *row_shape]; None if it lent none.
 
         Raises:
-            ValueError: it lent another number of rows.
+            ValueError: it lent rows of other sizes, or another number of rows.
         """
-        place = _ENTRY * (self.number % _NUM_SLOTS * self.size + self.rank)
-        start, lent = self._tables[sender][place + 2], self._tables[sender][place + 3]
+        place = _NUMBERS_PER_ENTRY * (self.number % _NUM_SLOTS * self.size + self.rank)
+        start, num_bytes = self._tables[sender][place + 2], self._tables[sender][place + 3]
         if start == _NOTHING_LENT:
             return None
-        if lent != count:
-            raise ValueError(f"a rank sent {lent} rows to a rank that expects {count}")
+        expected = count * math.prod(row_shape) * dtype.itemsize
+        if num_bytes != expected:
+            raise ValueError(f"a rank sent {num_bytes} bytes of rows to a rank that expects {expected}")
         return self._rows(sender, start, count, row_shape, dtype)
 
     def send(self) -> None:
@@ -186,7 +202,8 @@ class Inbox:
             dist.DistError: a rank died, or did not send before the group's timeout.
         """
         self._await_peers()
-        place = _ENTRY * (self.number % _NUM_SLOTS * self.size + self.rank)
+        self.num_complete = self.number
+        place = _NUMBERS_PER_ENTRY * (self.number % _NUM_SLOTS * self.size + self.rank)
         parts = []
         for sender, table in enumerate(self._tables):
             start, count = table[place], table[place + 1]
@@ -212,13 +229,6 @@ class Inbox:
     def was_received(self, tensor: Tensor) -> bool:
         """Returns whether a tensor lies in the region of another rank, which may overwrite it."""
         return any(lies_in(tensor, self._bytes[rank]) for rank in self._peers)
-
-    def lending_areas(self) -> list[LendingArea]:
-        """Returns the parts of this rank's region for rows that it lends."""
-        begin = _header_bytes(self.size) + _NUM_SLOTS * _SLOT_BYTES
-        memory = self._bytes[self.rank][begin:].split(_SLOT_BYTES)
-        # A storage that begins with the area, because storages count what refers to them.
-        return [LendingArea(torch.frombuffer(area.numpy(), dtype=torch.uint8)) for area in memory]
 
     def _without_own(self, counts: Sequence[int]) -> list[int]:
         return [0 if rank == self.rank else count for rank, count in enumerate(counts)]
@@ -278,12 +288,13 @@ def copy_rows(source: Tensor, target: Tensor) -> Tensor:
 
 
 def _header_bytes(world_size: int) -> int:
-    table_bytes = 8 * _ENTRY * _NUM_SLOTS * world_size
+    table_bytes = 8 * _NUMBERS_PER_ENTRY * _NUM_SLOTS * world_size
     return -(-(_TABLE_START + table_bytes) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
 
 
-def inbox_bytes(world_size: int) -> int:
-    return _header_bytes(world_size) + (_NUM_SLOTS + _NUM_LENDING_AREAS) * _SLOT_BYTES
+def inbox_bytes(world_size: int, num_areas: int) -> int:
+    """Returns the size of an inbox in the region of each rank."""
+    return _header_bytes(world_size) + (_NUM_SLOTS + num_areas) * _SLOT_BYTES
 
 
 def lies_in(tensor: Tensor, memory: Tensor) -> bool:

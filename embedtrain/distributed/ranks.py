@@ -130,7 +130,7 @@ class Ranks(ABC):
     def lending_buffer(self, num_rows: int, dim: int, device: torch.device) -> Tensor | None:
         """Returns memory from which `all_to_all_split` sends rows without copying them; not a collective.
 
-        The rows must not change between that call and the next one.
+        The caller must not change the rows after it sent them, because other ranks may read them for long.
 
         Returns:
             [num_rows, dim] float32, uninitialised; None if the ranks have no such memory, or none is free.

@@ -25,9 +25,10 @@ from embedtrain.ops.sort_unique import OrderedKeys, SortedKeys
 VARIABLE = "EMBEDTRAIN_SHARED_MEMORY"
 """Environment variable: 0 makes the ranks of one host exchange rows through the process group."""
 
-_NUM_INBOXES = 2
-_SMALLEST_LOAN_BYTES = 1 << 20
-"""Smaller gradients are copied, because a loan takes a huge page at least."""
+_NUM_AREAS = 4
+"""Gradients that a rank can lend at a time. A table group needs two: for the last step and for the step in progress."""
+_SMALLEST_LENT_BYTES = 1 << 20
+"""Smaller gradients are copied, because each one that is lent takes a huge page at least."""
 
 _logger = logging.getLogger(__name__)
 
@@ -38,13 +39,12 @@ class SharedMemoryRanks(GroupRanks):
     Args:
         group: the process group.
         inbox: the shared memory.
-        lent: shared memory for rows that are read in place, also during other exchanges.
+        gradients: shared memory for rows that are read in place, also during exchanges through `inbox`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, inbox: Inbox, lent: Inbox) -> None:
+    def __init__(self, group: dist.ProcessGroup, inbox: Inbox, gradients: Inbox) -> None:
         super().__init__(group)
-        self._inbox, self._lent = inbox, lent
-        self._areas = lent.lending_areas()
+        self._inbox, self._gradients = inbox, gradients
         self._keep: weakref.WeakMethod[Callable[[Ranks], object]] | None = None
 
     def all_to_all(self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
@@ -76,7 +76,7 @@ class SharedMemoryRanks(GroupRanks):
         self._keep = None if keep is None else weakref.WeakMethod(keep)
         number_bytes = 0 if numbers is None else numbers.element_size()
         row_shape, row_bytes = rows.shape[1:], math.prod(rows.shape[1:]) * rows.element_size()
-        areas = [area for area in self._areas if lies_in(rows, area.memory) and rows.is_contiguous()]
+        areas = [area for area in self._gradients.areas if lies_in(rows, area.memory) and rows.is_contiguous()]
         area = areas[0] if areas else None
 
         def opened(letter: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ class SharedMemoryRanks(GroupRanks):
             return of_numbers.view(torch.float32), of_rows.view(rows.dtype).view(count, *row_shape)
 
         def received(rank: int, letter: Tensor, count: int) -> tuple[Tensor, Tensor]:
-            borrowed = self._lent.borrowed(rank, count, row_shape, rows.dtype)
+            borrowed = self._gradients.borrowed(rank, count, row_shape, rows.dtype)
             return opened(letter, count) if borrowed is None else (letter.view(torch.float32), borrowed)
 
         with stage("exchange"):
@@ -93,7 +93,7 @@ class SharedMemoryRanks(GroupRanks):
             nothing = [rows.new_empty(0, dtype=torch.float32)] * self.size
             own_numbers = nothing if numbers is None else numbers.split(list(send_counts))
             bytes_per_count = number_bytes + (row_bytes if area is None else 0)
-            rooms = self._lent.rooms([count * bytes_per_count for count in send_counts], (), torch.uint8)
+            rooms = self._gradients.rooms([count * bytes_per_count for count in send_counts], (), torch.uint8)
             for rank, count in enumerate(send_counts):
                 if rank == self.rank:
                     continue
@@ -104,10 +104,10 @@ class SharedMemoryRanks(GroupRanks):
                     room_of_numbers = rooms[rank].view(torch.float32)
                 room_of_numbers.copy_(own_numbers[rank])
             if area is not None:
-                self._lent.lend(own_rows)
-                area.lent_in = self._lent.number + 1
-            self._lent.send()
-            letters = self._lent.receive((), torch.uint8)
+                self._gradients.lend(own_rows)
+                area.lent_in = self._gradients.number + 1
+            self._gradients.send()
+            letters = self._gradients.receive((), torch.uint8)
             arrived = [
                 (own_numbers[rank], own_rows[rank]) if rank == self.rank else received(rank, letters[rank], count)
                 for rank, count in enumerate(receive_counts)
@@ -117,14 +117,20 @@ class SharedMemoryRanks(GroupRanks):
 
     def lending_buffer(self, num_rows: int, dim: int, device: torch.device) -> Tensor | None:
         """See `Ranks`; None for few rows, whose copies are cheap."""
-        if device.type != "cpu" or 4 * num_rows * dim < _SMALLEST_LOAN_BYTES:
+        if device.type != "cpu" or 4 * num_rows * dim < _SMALLEST_LENT_BYTES:
             return None
-        leases = (area.lease((num_rows, dim), self._lent.number) for area in self._areas)
-        return next((leased for leased in leases if leased is not None), None)
+        for area in self._gradients.areas:
+            could_lend = area.why_not is None
+            buffer = area.buffer((num_rows, dim), self._gradients.num_complete)
+            if buffer is not None:
+                return buffer
+            if could_lend and area.why_not is not None:
+                _logger.info("this rank's gradients are copied to other ranks: %s", area.why_not)
+        return None
 
     def kept(self, rows: Sequence[Tensor | None]) -> list[Tensor | None]:
         """See `Ranks`."""
-        return [part.clone() if part is not None and self._lent.was_received(part) else part for part in rows]
+        return [part.clone() if part is not None and self._gradients.was_received(part) else part for part in rows]
 
     def all_to_all_written(
         self,
@@ -221,13 +227,14 @@ def ranks_of(group: dist.ProcessGroup | None) -> Ranks:
     if group is None or dist.get_world_size(group) == 1:
         return OneProcess()
     rank, size = dist.get_rank(group), dist.get_world_size(group)
+    sizes = [inbox_bytes(size, num_areas) for num_areas in (0, _NUM_AREAS)]
     own: tuple[memoryview, Address] | None = None
     timeout_seconds = 0.0
     if os.environ.get(VARIABLE) != "0" and dispatch.cpu_backend() == "native":
         # These errors mean that the system has no memfd, or that the group has no CPU backend.
         with contextlib.suppress(OSError, AttributeError, RuntimeError):
             timeout_seconds = _timeout_seconds(group)
-            own = create(_NUM_INBOXES * inbox_bytes(size))
+            own = create(sum(sizes))
     through_group = GroupRanks(group)
     addresses = through_group.all_gather(None if own is None else own[1])
     inboxes: list[Inbox] = []
@@ -236,8 +243,11 @@ def ranks_of(group: dist.ProcessGroup | None) -> Ranks:
         try:
             known = [address for address in addresses if address is not None]
             regions, peers = open_all(rank, own[0], known, len(own[0]))
-            starts = [number * inbox_bytes(size) for number in range(_NUM_INBOXES)]
-            inboxes = [Inbox(rank, regions, start, peers, timeout_seconds=timeout_seconds) for start in starts]
+            options = {"timeout_seconds": timeout_seconds}
+            inboxes = [
+                Inbox(rank, regions, 0, peers, num_areas=0, **options),
+                Inbox(rank, regions, sizes[0], peers, num_areas=_NUM_AREAS, **options),
+            ]
         except (OSError, AttributeError) as error:
             reason = str(error)
     agreed = through_group.all_gather(bool(inboxes))

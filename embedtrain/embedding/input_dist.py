@@ -75,6 +75,15 @@ class Asked(NamedTuple):
     shapes: Mapping[str, torch.Size]
     check: Check | None = None
 
+    def gradient_buffer(self, num_rows: int) -> Tensor | None:
+        """Returns memory for the gradient of `distinct_rows` that is sent home without a copy; None if there is none.
+
+        Args:
+            num_rows: number of rows of the gradient, of all groups.
+        """
+        # The groups of a collection have the same ranks and wire dtypes.
+        return self.parts[0].group.gradient_buffer(num_rows) if self.parts else None
+
     def places(self) -> dict[str, Tensor]:
         """Returns, per feature, the index of each value's row in the result of `distinct_rows`; [num_values] int64.
 

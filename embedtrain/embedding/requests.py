@@ -308,11 +308,11 @@ class RemoteRequest(GroupRequest):
 
     def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> Delivery | None:
         """See `GroupRequest`; gradients are summed by row before they are sent."""
-        dim, device = self.group.weight.shape[1], self.group.device
+        dim = self.group.weight.shape[1]
         if not bags:
-            return self.send_distinct_home(torch.zeros(0, dim, dtype=torch.float32, device=device))
+            return self.send_distinct_home(torch.zeros(0, dim, dtype=torch.float32, device=self.group.device))
         keys = self.distinct
-        buffer = self.group.ranks.lending_buffer(keys.unique.numel(), dim, device)
+        buffer = self.group.gradient_buffer(keys.unique.numel())
         return self.send_distinct_home(pool_rows_backward(grads, bags, keys, dim, buffer=buffer))
 
     def send_distinct_home(self, grad: Tensor, counts: Tensor | None = None) -> Delivery | None:

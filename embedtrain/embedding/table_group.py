@@ -194,6 +194,12 @@ class TableGroup:
         """
         return self._key_map(tables, ids)
 
+    def gradient_buffer(self, num_rows: int) -> Tensor | None:
+        """Returns memory for gradients [num_rows, dim] that will be sent home without a copy; None if there is none."""
+        if self.gradient_wire_dtype != torch.float32:
+            return None
+        return self.ranks.lending_buffer(num_rows, self.weight.shape[1], self.device)
+
     def runs_of(self, tables: Sequence[int], num_values: Sequence[int]) -> list[Run]:
         """Returns the ranges of local rows to which the values of features belong; equal tables share a range.
 

@@ -50,8 +50,8 @@ def evaluate_similarity(
         source: name of the file of pairs in messages.
 
     Raises:
-        UserError: a line cannot be read, fewer than two pairs are in the vocabulary, or `restrict_vocab` is below 1.
-            For a line the message names file and line.
+        UserError: a line cannot be read, fewer than two pairs are in the vocabulary, all of them have the same score,
+            or `restrict_vocab` is below 1. For a line the message names file and line.
 
     Source: `gensim.models.KeyedVectors.evaluate_word_pairs` with dummy4unknown=False.
     """
@@ -72,6 +72,8 @@ def evaluate_similarity(
             f"{source}: expected at least two pairs of known words, found {len(pairs)} "
             f"and {num_oov} with a word that is not in the vocabulary"
         )
+    if len(set(scores)) == 1:
+        raise UserError(f"{source}: all pairs of known words have the score {scores[0]:g}, so nothing can be compared")
     left, right = np.array(pairs).T
     cosines = np.einsum("nd,nd->n", unit_vectors[left], unit_vectors[right])
     from scipy import stats  # the import takes 1.5 seconds, and few commands need it
@@ -88,11 +90,13 @@ def check_pairs(lines: Iterable[str], source: str) -> None:
     """Refuses lines that `evaluate_similarity` cannot use with any vocabulary.
 
     Raises:
-        UserError: a line cannot be read, or there are fewer than two pairs.
+        UserError: a line cannot be read, there are fewer than two pairs, or all pairs have the same score.
     """
-    num_pairs = sum(1 for _ in read_pairs(lines, source))
-    if num_pairs < 2:
-        raise UserError(f"{source}: expected at least two lines of two words and a score, found {num_pairs}")
+    scores = [score for _, _, score in read_pairs(lines, source)]
+    if len(scores) < 2:
+        raise UserError(f"{source}: expected at least two lines of two words and a score, found {len(scores)}")
+    if len(set(scores)) == 1:
+        raise UserError(f"{source}: all pairs have the score {scores[0]:g}, so nothing can be compared")
 
 
 def read_pairs(lines: Iterable[str], source: str) -> Iterator[tuple[str, str, float]]:
@@ -120,7 +124,7 @@ def read_pairs(lines: Iterable[str], source: str) -> Iterator[tuple[str, str, fl
         score = math.nan
         if found is not None and len(fields) == found.num_fields and all(fields[:2]):
             shape = found
-            score = _number(fields[shape.score])
+            score = float(fields[shape.score]) if _is_number(fields[shape.score]) else math.nan
         if not math.isfinite(score):
             raise UserError(
                 f"{source}, line {number}: expected two words and a score, separated by {_NAMES[delimiter]}, got "
@@ -162,11 +166,9 @@ def _columns_of(fields: Sequence[str], delimiter: str | None) -> _Columns | None
 
 
 def _is_number(text: str) -> bool:
-    return math.isfinite(_number(text))
-
-
-def _number(text: str) -> float:
+    """Returns whether a text is a number, which may be infinite or NaN: a line with one is no header."""
     try:
-        return float(text)
+        float(text)
     except ValueError:
-        return math.nan
+        return False
+    return True

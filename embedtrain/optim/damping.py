@@ -73,7 +73,7 @@ class CurvatureDamping:
         names = list(self._partner_of)
         counts = self._counts(touched)
         tables = [_positions(names, part) for part in touched]
-        moments = _second_moments(touched, counts, tables, len(names), ranks)
+        moments = _second_moments(touched, counts, tables, names, ranks)
         partners = [names.index(self._partner_of[name]) for name in names]
         curvatures, directions = top_eigenpairs(moments[partners], self.directions)
         curvatures = torch.nn.functional.pad(curvatures, (0, 0, 0, 1))
@@ -128,23 +128,29 @@ def _positions(names: Sequence[str], part: Touched) -> Tensor:
 
 
 def _second_moments(
-    touched: Sequence[Touched], counts: Sequence[Tensor], tables: Sequence[Tensor], num_tables: int, ranks: Ranks
+    touched: Sequence[Touched], counts: Sequence[Tensor], tables: Sequence[Tensor], names: Sequence[str], ranks: Ranks
 ) -> Tensor:
-    """Returns, for each table, the mean of `v v'` over the pairs of its most frequent rows on all ranks.
+    """Returns, for each paired table, the mean of `v v'` over the pairs of its most frequent rows on all ranks.
 
     Collective: every rank.
+
+    Args:
+        touched: the table groups.
+        counts, tables: of each group, the count of each row, and the index of its table; see `_positions`.
+        names: names of the paired tables.
+        ranks: the ranks that share the tables.
 
     Returns:
         [num_tables, dim, dim] float32.
     """
-    device, dim = counts[0].device, touched[0].store.weight.shape[1]
-    # Rows of unpaired tables have the index `num_tables`.
-    each = [count_buckets(own, of_table, num_tables + 1) for own, of_table in zip(counts, tables, strict=True)]
+    device, dim, num_tables = counts[0].device, touched[0].store.weight.shape[1], len(names)
+    num_indices = num_tables + any(name not in names for part in touched for name in part.table_names)
+    each = [count_buckets(own, of_table, num_indices) for own, of_table in zip(counts, tables, strict=True)]
     histogram = ranks.all_reduce(sum(each[1:], start=each[0]))
     sums = torch.zeros(num_tables, dim * dim + 1, dtype=torch.float32, device=device)
     for part, own, of_table in zip(touched, counts, tables, strict=True):
         busiest = busiest_rows(part.places, own, of_table, histogram, _NUM_BUSIEST)
-        for of_sum, (rows, weights) in zip(sums, busiest, strict=False):
+        for of_sum, (rows, weights) in zip(sums, busiest[:num_tables], strict=True):
             of_sum[:-1] += weighted_square(part.store.weight, rows, weights).flatten()
             of_sum[-1] += weights.sum()
     ranks.all_reduce(sums)

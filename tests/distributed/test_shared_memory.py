@@ -79,7 +79,7 @@ def train(
 ) -> tuple[bool, list[torch.Tensor]]:
     os.environ[VARIABLE] = variable
     if is_lending:
-        shared_memory._SMALLEST_LOAN_BYTES = 0
+        shared_memory._SMALLEST_LENT_BYTES = 0
     ranks = job_ranks()
     features = [et.FeatureSpec("item"), et.FeatureSpec("history", "item", pooling="mean")]
     features += [et.FeatureSpec("bought", "item", pooling="sum", pool_at="owner")]
@@ -101,7 +101,16 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
     found = [tables.gather_table(name, state) for name in tables.shards for state in ("weight", "accumulator")]
-    return isinstance(ranks, SharedMemoryRanks), found
+    is_shared = isinstance(ranks, SharedMemoryRanks)
+    if is_shared:
+        assert has_lent(ranks) == (is_lending and wire_dtype is None)
+    return is_shared, found
+
+
+def has_lent(ranks: Ranks) -> bool:
+    """Returns whether a rank lent gradients, or would have if there were huge pages."""
+    assert isinstance(ranks, SharedMemoryRanks)
+    return any(area.lent_in >= 0 or area.why_not is not None for area in ranks._gradients.areas)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +155,7 @@ def accumulate(ranks: Ranks, variable: str, is_lending: bool = False) -> list[to
     """Trains two groups of tables on several batches a step; rank 1 is late."""
     os.environ[VARIABLE] = variable
     if is_lending:
-        shared_memory._SMALLEST_LOAN_BYTES = 0
+        shared_memory._SMALLEST_LENT_BYTES = 0
     tables = et.EmbeddingCollection([et.TableSpec("a", 50, 4), et.TableSpec("b", 50, 6)], ranks=job_ranks(), seed=1)
     optimizer = et.optim.SGD(tables, lr=0.1)
     for step in range(3):
@@ -170,8 +179,15 @@ def test_gradients_wait_unchanged_for_a_late_rank(is_lending: bool) -> None:
 
 def train_words(ranks: Ranks, variable: str) -> dict[str, torch.Tensor]:
     os.environ[VARIABLE] = variable
-    shared_memory._SMALLEST_LOAN_BYTES = 0
-    return test_damping.train(job_ranks(), "skipgram", num_parts=3)
+    shared_memory._SMALLEST_LENT_BYTES = 0
+    ranks = job_ranks()
+    found = {**test_damping.train(ranks, "cbow", num_parts=1)}
+    if variable == "":
+        assert not has_lent(ranks), "CBOW has no kernel that writes to lent memory"
+    found |= {f"skipgram {name}": rows for name, rows in test_damping.train(ranks, "skipgram", num_parts=3).items()}
+    if variable == "":
+        assert has_lent(ranks)
+    return found
 
 
 def test_lent_gradients_of_words_are_the_same_to_the_last_bit() -> None:
@@ -182,7 +198,7 @@ def test_lent_gradients_of_words_are_the_same_to_the_last_bit() -> None:
 def lend(ranks: Ranks) -> str:
     """Sends lent rows in turn with copied ones, with and without numbers; rank 1 reads late."""
     assert isinstance(ranks, SharedMemoryRanks)
-    shared_memory._SMALLEST_LOAN_BYTES = 0
+    shared_memory._SMALLEST_LENT_BYTES = 0
     cpu, other = torch.device("cpu"), 1 - ranks.rank
     for number in range(12):
         to_each = [rows_between(ranks.rank, receiver, 3 * number).float() for receiver in range(2)]
@@ -200,7 +216,7 @@ def lend(ranks: Ranks) -> str:
         assert (of_parts is None) == (numbers is None)
         if of_parts is not None:
             assert torch.equal(of_parts, torch.cat(from_each)[:, 0])
-        assert len(parts[other]) == 0 or ranks._lent.was_received(parts[other])
+        assert len(parts[other]) == 0 or ranks._gradients.was_received(parts[other])
         del buffer, sent, parts
     held = [ranks.lending_buffer(1000, 7, cpu) for _ in range(8)]
     assert 2 < sum(buffer is not None for buffer in held) < 8, "what is in use must not be lent again"
@@ -208,8 +224,8 @@ def lend(ranks: Ranks) -> str:
     held.clear()
     lent = ranks.lending_buffer(2, 3, cpu)
     assert lent is not None
-    with pytest.raises(ValueError, match="a rank sent 1 rows to a rank that expects 2"):
-        # Both ranks expect a row more than the other one sends.
+    with pytest.raises(ValueError, match="a rank sent 12 bytes of rows to a rank that expects 24"):
+        # Each rank expects a row more than the other one sends.
         ranks.all_to_all_split(lent, [1, 1], [2, 2], torch.float32)
     return ""
 

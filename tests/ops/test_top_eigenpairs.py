@@ -8,13 +8,14 @@ import torch
 from embedtrain.ops.top_eigenpairs import top_eigenpairs
 
 # The largest eigenvalues as they are among word vectors: after some steps, and after few.
-LARGEST = {"later": [1.76, 0.25, 0.18, 0.13], "early": [1.28, 0.025, 0.0058, 0.0034]}
+LARGEST = {"later": [1.76, 0.25, 0.18, 0.13], "early": [1.28, 0.025, 0.0058, 0.0034], "flat": [1.0, 1e-3, 5e-4, 3e-4]}
 
 
 @pytest.mark.parametrize(
     ("kind", "dim", "number"),
     [
         ("later", 20, 4),
+        ("flat", 20, 4),
         *(pytest.param(kind, *size, marks=pytest.mark.slow) for kind in LARGEST for size in ((33, 3), (100, 4))),
     ],
 )

@@ -153,6 +153,18 @@ def plan_parts(sources: Iterable[Source], part_bytes: int, undivided: Collection
     return parts
 
 
+def write_first(blocks: Iterable[bytes], path: str, max_bytes: int) -> int:
+    """Writes the first blocks to a local file, about `max_bytes`; returns the number of bytes."""
+    written = 0
+    with open(path, "wb") as file:
+        for block in blocks:
+            file.write(block)
+            written += len(block)
+            if written + len(block) // 2 >= max_bytes:  # another block as long would be further from `max_bytes`
+                break
+    return written
+
+
 def read_chunks(
     source: Source,
     start: int,

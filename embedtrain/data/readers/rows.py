@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from embedtrain.data.readers.blocks import Segment, first_line, plan_parts, read_records
+from embedtrain.data.readers.blocks import Segment, first_line, plan_parts, read_records, write_first
 from embedtrain.data.readers.quotes import Quoting
 from embedtrain.data.sources import CHUNK_BYTES, Source
 from embedtrain.errors import UserError
@@ -294,12 +294,5 @@ class TextFormat(Format):
 
     def copy_head(self, source: Source, path: str, layout: Layout, max_bytes: int) -> int:
         """See `Format.copy_head`."""
-        copied = 0
-        with open(path, "wb") as file:
-            blocks = read_records(Segment(source), self.quoting(layout), chunk_bytes=min(CHUNK_BYTES, max_bytes))
-            for block in blocks:
-                file.write(block)
-                copied += len(block)
-                if copied >= max_bytes:
-                    break
-        return copied
+        blocks = read_records(Segment(source), self.quoting(layout), chunk_bytes=min(CHUNK_BYTES, max_bytes))
+        return write_first(blocks, path, max_bytes)

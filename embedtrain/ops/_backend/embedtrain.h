@@ -94,8 +94,8 @@ struct EmbedtrainDamping {
 // it never changes the content of the memory.
 void embedtrain_advise_huge_pages(void* memory, int64_t bytes);
 
-// Moves [memory, memory + bytes), which begins and ends at huge pages, into huge pages, and allocates what has no memory
-// yet. Unlike advice, it also works for shared memory. error: 0, or the error's number if it had no effect.
+// Allocates shared memory [memory, memory + bytes), which begins and ends at huge pages, in huge pages. Content may be
+// lost. error: 0, or the error's number if there are none; then the memory is released.
 void embedtrain_collapse_pages(void* memory, int64_t bytes, int64_t* error);
 
 // Maps the first bytes of an open file at an address, in place of what is mapped there. Changes in memory are shared

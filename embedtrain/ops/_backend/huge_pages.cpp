@@ -28,6 +28,7 @@ void embedtrain_collapse_pages(void* memory, int64_t bytes, int64_t* error) {
     const volatile char* begin = static_cast<const char*>(memory);
     for (int64_t at = 0; at < bytes; at += page) begin[at];  // a page without memory cannot be collapsed
     *error = madvise(memory, static_cast<size_t>(bytes), collapse) == 0 ? 0 : errno;
+    if (*error) madvise(memory, static_cast<size_t>(bytes), MADV_REMOVE);
 #else
     (void)memory;
     (void)bytes;

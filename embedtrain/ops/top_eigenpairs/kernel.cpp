@@ -53,22 +53,22 @@ EMBEDTRAIN_INLINE double dot(const Column& a, const Column& b, int64_t dim) {
     return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
-// Makes the vectors orthonormal in order. A vector that the ones before it span becomes zeros.
+// Makes the vectors orthonormal in order. Of a vector that nearly lies in the span of those before it, rounding leaves
+// some direction, from which later turns find the eigenvector. Zeros stay zeros.
 EMBEDTRAIN_INLINE void make_orthonormal(double4v* vectors, int64_t dim, int64_t number) {
     for (int64_t v = 0; v < number; ++v) {
         const Column own = column(vectors, dim, v);
-        const double before = std::sqrt(dot(own, own, dim));
-        // What rounding leaves of the vectors before is much in a vector that nearly lies in their span, so twice.
-        for (int pass = 0; pass < 2; ++pass) {
+        // A pass leaves rounding errors of the length that the vector had before, so three passes of unit length.
+        for (int pass = 0; pass < 3; ++pass) {
             for (int64_t u = 0; u < v; ++u) {
                 const Column other = column(vectors, dim, u);
                 const double share = dot(own, other, dim);
                 for (int64_t i = 0; i < dim; ++i) own[i] -= share * other[i];
             }
+            const double norm = std::sqrt(dot(own, own, dim));
+            const double scale = norm > 0.0 ? 1.0 / norm : 0.0;
+            for (int64_t i = 0; i < dim; ++i) own[i] *= scale;
         }
-        const double norm = std::sqrt(dot(own, own, dim));
-        const double scale = norm > 1e-14 * before ? 1.0 / norm : 0.0;
-        for (int64_t i = 0; i < dim; ++i) own[i] *= scale;
     }
 }
 

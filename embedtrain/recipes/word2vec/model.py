@@ -107,9 +107,9 @@ class Word2Vec(nn.Module):
         vectors = self.tables.distinct_rows(batch.rows, counts=batch.counts)
         # The factor makes this a sum over all ranks, because the exchange averages gradients over the ranks.
         num_ranks = self.tables.ranks.size
-        buffer = None
-        if vectors.requires_grad:
-            buffer = self.tables.ranks.lending_buffer(vectors.shape[0], vectors.shape[1], vectors.device)
+        # Only the kernel of skip-gram writes to a buffer.
+        has_use = vectors.requires_grad and self._architecture == "skipgram"
+        buffer = batch.rows.gradient_buffer(len(vectors)) if has_use else None
         loss: Tensor = _SkipGramLoss.apply(vectors, batch.block, self._architecture, num_ranks, buffer)  # type: ignore[no-untyped-call]
         return Objective(loss=loss, total=loss.detach() / num_ranks, num_predictions=batch.num_predictions)
 

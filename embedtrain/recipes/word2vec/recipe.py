@@ -222,8 +222,11 @@ def _build_evaluation(
         return None
     measure = WordSimilarity(model.tables, corpus.vocabulary.words, {path: _read_pairs(path) for path in paths})
     for path, (num_unknown, num_pairs) in measure.count_unknown().items():
-        if num_unknown and runtime.rank == 0:
-            _logger.info(f"{path}: {num_unknown:,} of {num_pairs:,} pairs have an unknown word and do not count")
+        if runtime.rank > 0 or num_unknown == 0:
+            continue
+        _logger.info(f"{path}: {num_unknown:,} of {num_pairs:,} pairs have an unknown word and do not count")
+        if num_pairs - num_unknown < 2:
+            _logger.warning(f"{path}: fewer than two pairs have known words, so {SIMILARITY} cannot be measured")
     return Evaluation(measure, config.evaluate.every_steps, config.evaluate.every_epochs)
 
 

@@ -50,7 +50,7 @@ def test_of_large_data_the_head_is_read_and_removed_again(
     monkeypatch.setattr(dry_run, "HEAD_BYTES", 4000)
     assert main([*arguments, "--dry-run"]) == 0
     captured = capfd.readouterr()
-    assert "the first 3.91 KiB: the plan is of these," in captured.out
+    assert "about the first 3.91 KiB: the plan is of these," in captured.out
     assert not contents(tmp_path / "cache")
     assert not (tmp_path / "run").exists()
 
@@ -73,7 +73,7 @@ def test_mistakes_are_those_of_the_run(arguments: list[str], tmp_path: Path, cap
 def test_other_models_are_tried_too(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(dry_run, "HEAD_BYTES", 2000)
+    monkeypatch.setattr(dry_run, "HEAD_BYTES", 4000)
     generator = random.Random(4)
     rows = [(generator.randrange(50), generator.randrange(40), generator.randrange(2)) for _ in range(2000)]
     lines = ["user,item,label,tags", *(f"u{user},i{item},{label},a|b{item % 7}" for user, item, label in rows)]
@@ -92,6 +92,6 @@ def test_other_models_are_tried_too(
     captured = capfd.readouterr()
     assert status == 0, captured.err
     assert "step 2" in captured.out
-    assert "the first 1.95 KiB" in captured.out
+    assert "the first 3.91 KiB" in captured.out
     assert not contents(tmp_path / "cache")
     assert not (tmp_path / "run").exists()

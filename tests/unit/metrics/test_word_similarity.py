@@ -9,7 +9,7 @@ import pytest
 from embedtrain.data.readers.blocks import read_lines
 from embedtrain.errors import UserError
 from embedtrain.metrics import evaluate_similarity
-from embedtrain.metrics.word_similarity import read_pairs
+from embedtrain.metrics.word_similarity import check_pairs, read_pairs
 
 EVAL_WORDS = Path(__file__).parents[4] / "shared/data/eval-words"
 
@@ -100,6 +100,7 @@ def test_published_layouts(tmp_path, text, suffix):
         (["a,b,1", "a b 1"], "line 2: .* separated by commas, got 'a b 1'"),
         (["new york city 3"], "line 1: .* separated by spaces"),
         (["a\tb\t1", "a\t\t2"], "line 2"),
+        (["a b nan", "b c 1"], "line 1: .* got 'a b nan'"),
     ],
 )
 def test_what_is_no_header_and_no_pair_is_refused_with_its_line(lines, message):
@@ -117,6 +118,13 @@ def test_malformed_lines_are_named(line, separator):
     with pytest.raises(UserError) as caught:
         evaluate_similarity(np.eye(2, dtype=np.float32), ["a", "b"], lines, source="pairs.tsv")
     assert str(caught.value).startswith(message)
+
+
+def test_equal_scores_are_refused():
+    with pytest.raises(UserError, match="pairs: all pairs of known words have the score 3, so nothing can be compared"):
+        evaluate_similarity(np.eye(2, dtype=np.float32), ["a", "b"], ["a b 3", "b a 3", "a x 4"], source="pairs")
+    with pytest.raises(UserError, match=r"pairs: all pairs have the score 0\.5"):
+        check_pairs(["a b 0.5", "c d 0.5"], "pairs")
 
 
 def test_too_few_known_pairs():
