@@ -36,7 +36,7 @@ def write_head(
     copies: list[str] = []
     left = max_bytes
     for number, source in enumerate(sources):
-        if left < max_bytes // 16:  # the files before ended at a line, a little too early
+        if left < max_bytes // 16:  # a copy ends with a line, so the earlier ones may be a little too short
             break
         name = without_compression(os.path.basename(source.url.partition("::")[0]))
         copies.append(os.path.join(folder, f"{number:05d}-{name}"))

@@ -27,7 +27,7 @@ _NUM_SLOTS = 2
 _PATIENCE_MS = 50
 
 _NUMBERS_PER_ENTRY = 4
-"""Of each receiver: start and count of the rows in the slot, and start and bytes of the rows that are lent."""
+"""A rank tells each receiver start and number of its rows in the slot, and start and bytes of the rows it is lent."""
 _NOTHING_LENT = -1
 
 
@@ -148,7 +148,7 @@ class Inbox:
         rooms = []
         table = self._tables[self.rank]
         for receiver, count in enumerate(self._without_own(counts)):
-            place = _NUMBERS_PER_ENTRY * (slot * self.size + receiver)
+            place = self._place(self.number + 1, receiver)
             table[place], table[place + 1], table[place + 2] = at, count, _NOTHING_LENT
             rooms.append(self._rows(self.rank, at, count, row_shape, dtype))
             at += -(-count * row_bytes // _ALIGNMENT) * _ALIGNMENT
@@ -157,12 +157,13 @@ class Inbox:
             raise RuntimeError(f"one exchange takes {at - start} bytes, and at most {_SLOT_BYTES} are possible")
         return rooms
 
-    def lend(self, parts: Sequence[Tensor]) -> None:
-        """Says where the rows for each rank are, which lie in a lending area; after `rooms` and before `send`."""
-        table, slot = self._tables[self.rank], (self.number + 1) % _NUM_SLOTS
+    def lend(self, area: LendingArea, parts: Sequence[Tensor]) -> None:
+        """Tells each rank where its part of the rows in a lending area is; after `rooms` and before `send`."""
+        area.lent_in = self.number + 1
+        table = self._tables[self.rank]
         for receiver, part in enumerate(parts):
             if receiver != self.rank:
-                place = _NUMBERS_PER_ENTRY * (slot * self.size + receiver)
+                place = self._place(self.number + 1, receiver)
                 table[place + 2], table[place + 3] = part.data_ptr() - self._own_address, part.nbytes
                 count_sent(part.nbytes)
 
@@ -172,7 +173,7 @@ class Inbox:
         Raises:
             ValueError: it lent rows of other sizes, or another number of rows.
         """
-        place = _NUMBERS_PER_ENTRY * (self.number % _NUM_SLOTS * self.size + self.rank)
+        place = self._place(self.number, self.rank)
         start, num_bytes = self._tables[sender][place + 2], self._tables[sender][place + 3]
         if start == _NOTHING_LENT:
             return None
@@ -203,7 +204,7 @@ class Inbox:
         """
         self._await_peers()
         self.num_complete = self.number
-        place = _NUMBERS_PER_ENTRY * (self.number % _NUM_SLOTS * self.size + self.rank)
+        place = self._place(self.number, self.rank)
         parts = []
         for sender, table in enumerate(self._tables):
             start, count = table[place], table[place + 1]
@@ -229,6 +230,10 @@ class Inbox:
     def was_received(self, tensor: Tensor) -> bool:
         """Returns whether a tensor lies in the region of another rank, which may overwrite it."""
         return any(lies_in(tensor, self._bytes[rank]) for rank in self._peers)
+
+    def _place(self, number: int, receiver: int) -> int:
+        """Returns where the numbers for a receiver begin in a rank's table, given the number of the exchange."""
+        return _NUMBERS_PER_ENTRY * (number % _NUM_SLOTS * self.size + receiver)
 
     def _without_own(self, counts: Sequence[int]) -> list[int]:
         return [0 if rank == self.rank else count for rank, count in enumerate(counts)]

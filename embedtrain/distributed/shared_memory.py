@@ -104,8 +104,7 @@ class SharedMemoryRanks(GroupRanks):
                     room_of_numbers = rooms[rank].view(torch.float32)
                 room_of_numbers.copy_(own_numbers[rank])
             if area is not None:
-                self._gradients.lend(own_rows)
-                area.lent_in = self._gradients.number + 1
+                self._gradients.lend(area, own_rows)
             self._gradients.send()
             letters = self._gradients.receive((), torch.uint8)
             arrived = [

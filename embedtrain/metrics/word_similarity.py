@@ -72,8 +72,7 @@ def evaluate_similarity(
             f"{source}: expected at least two pairs of known words, found {len(pairs)} "
             f"and {num_oov} with a word that is not in the vocabulary"
         )
-    if len(set(scores)) == 1:
-        raise UserError(f"{source}: all pairs of known words have the score {scores[0]:g}, so nothing can be compared")
+    _require_different(scores, f"{source}: all pairs of known words")
     left, right = np.array(pairs).T
     cosines = np.einsum("nd,nd->n", unit_vectors[left], unit_vectors[right])
     from scipy import stats  # the import takes 1.5 seconds, and few commands need it
@@ -95,8 +94,7 @@ def check_pairs(lines: Iterable[str], source: str) -> None:
     scores = [score for _, _, score in read_pairs(lines, source)]
     if len(scores) < 2:
         raise UserError(f"{source}: expected at least two lines of two words and a score, found {len(scores)}")
-    if len(set(scores)) == 1:
-        raise UserError(f"{source}: all pairs have the score {scores[0]:g}, so nothing can be compared")
+    _require_different(scores, f"{source}: all pairs")
 
 
 def read_pairs(lines: Iterable[str], source: str) -> Iterator[tuple[str, str, float]]:
@@ -131,6 +129,11 @@ def read_pairs(lines: Iterable[str], source: str) -> Iterator[tuple[str, str, fl
                 f"{line.rstrip()!r}; a comment begins with #"
             )
         yield fields[0], fields[1], score
+
+
+def _require_different(scores: Sequence[float], which: str) -> None:
+    if len(set(scores)) == 1:
+        raise UserError(f"{which} have the score {scores[0]:g}, so nothing can be compared")
 
 
 _NAMES = {"\t": "tabs", ",": "commas", None: "spaces"}

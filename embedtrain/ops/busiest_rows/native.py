@@ -52,6 +52,6 @@ def busiest_rows(
     )
     if num_outside.value:
         raise library.outside_error("tables", tables, num_tables)
-    sizes = [*num_chosen.tolist(), 0]
-    sizes[-1] = num_rows - sum(sizes)
-    return list(zip(chosen_rows.split(sizes), chosen_counts.split(sizes), strict=True))[:-1]
+    sizes = num_chosen.tolist()
+    total = sum(sizes)
+    return list(zip(chosen_rows[:total].split(sizes), chosen_counts[:total].split(sizes), strict=True))

@@ -221,13 +221,17 @@ def _build_evaluation(
     if not paths:
         return None
     measure = WordSimilarity(model.tables, corpus.vocabulary.words, {path: _read_pairs(path) for path in paths})
+    if runtime.rank == 0:
+        _tell_of_unknown_words(measure)
+    return Evaluation(measure, config.evaluate.every_steps, config.evaluate.every_epochs)
+
+
+def _tell_of_unknown_words(measure: WordSimilarity) -> None:
     for path, (num_unknown, num_pairs) in measure.count_unknown().items():
-        if runtime.rank > 0 or num_unknown == 0:
-            continue
-        _logger.info(f"{path}: {num_unknown:,} of {num_pairs:,} pairs have an unknown word and do not count")
+        if num_unknown:
+            _logger.info(f"{path}: {num_unknown:,} of {num_pairs:,} pairs have an unknown word and do not count")
         if num_pairs - num_unknown < 2:
             _logger.warning(f"{path}: fewer than two pairs have known words, so {SIMILARITY} cannot be measured")
-    return Evaluation(measure, config.evaluate.every_steps, config.evaluate.every_epochs)
 
 
 SIMILARITY = "similarity"
