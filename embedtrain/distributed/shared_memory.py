@@ -208,9 +208,9 @@ class SharedMemoryRanks(GroupRanks):
         """Sums in rank order; see `Ranks`."""
         if values.is_cuda:
             return super().all_reduce(values)
-        arrived = self._inbox.exchange([values.clone()[None]] * self.size)
-        values.zero_()
-        for part in arrived:
+        first, *others = self._inbox.exchange([values.clone()[None]] * self.size)
+        values.copy_(first[0])
+        for part in others:
             values += part[0]
         return values
 

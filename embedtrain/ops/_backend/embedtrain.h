@@ -225,7 +225,7 @@ void embedtrain_sample_text(const int32_t* tokens, const int64_t* positions, con
                             int64_t* stops, int64_t* num_kept);
 
 // Computes the skip-gram loss and its gradient. vectors: [num_vectors, dim]; for the indices see TextBlock in
-// skipgram_block/types.py; factor: multiplies the gradient. Outputs: loss: one double; grad: [num_vectors, dim].
+// skipgram_block/types.py; factor: multiplies loss and gradient. Outputs: loss: one double; grad: [num_vectors, dim].
 // num_outside: number of indices and windows that are out of range; if positive, nothing is computed.
 void embedtrain_skipgram_block(const float* vectors, int64_t num_vectors, int64_t dim, const int64_t* inputs,
                                const int64_t* targets, const int64_t* starts, const int64_t* stops,

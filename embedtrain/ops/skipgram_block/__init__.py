@@ -21,7 +21,7 @@ def skipgram_block(
     vectors: Tensor,
     block: TextBlock,
     architecture: Architecture = "skipgram",
-    grad_factor: float = 1.0,
+    factor: float = 1.0,
     buffer: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes the negative-sampling loss of a block and its gradient in one pass.
@@ -33,13 +33,14 @@ def skipgram_block(
         vectors: [num_rows, dim] float32; the distinct input and output rows of the block.
         block: the words, windows and negatives.
         architecture: "skipgram" or "cbow".
-        grad_factor: positive; multiplies the gradient, which is cheaper here than in another pass.
+        factor: positive; multiplies the loss and the gradient, which is cheaper here than in another pass.
         buffer: [num_rows, dim] float32, contiguous; memory that the gradient may be returned in. Only the native
             kernel uses it.
 
     Returns:
-        loss: scalar float64; the sum over all predictions of `-log sigmoid(u.v) - sum_k log sigmoid(-u.n_k)`.
-        grad: [num_rows, dim] float32; the gradient of the loss with respect to `vectors`, times `grad_factor`.
+        loss: scalar float64; `factor` times the sum over all predictions of `-log sigmoid(u.v) - sum_k log
+            sigmoid(-u.n_k)`.
+        grad: [num_rows, dim] float32; the gradient of the loss with respect to `vectors`.
 
     Raises:
         ValueError: shapes or dtypes disagree, the factor is not positive, or an index is out of range. Indices are not
@@ -50,10 +51,10 @@ def skipgram_block(
     distributed memory".
     """
     _check_shapes(vectors, block)
-    if not grad_factor > 0:
-        raise ValueError(f"grad_factor must be positive, got {grad_factor}")
+    if not factor > 0:
+        raise ValueError(f"factor must be positive, got {factor}")
     if dispatch.uses_native(vectors) and architecture == "skipgram":
-        result = native.skipgram_block(vectors, block, grad_factor, buffer)
+        result = native.skipgram_block(vectors, block, factor, buffer)
         if result is not None:
             return result
     if not vectors.is_cuda:
@@ -62,8 +63,8 @@ def skipgram_block(
         from embedtrain.ops.skipgram_block import triton
 
         reach = reach_of(block.starts, block.stops) if block.reach is None else block.reach
-        return triton.skipgram_block(vectors, block, architecture, grad_factor, reach)
-    return reference.skipgram_block(vectors, block, architecture, grad_factor)
+        return triton.skipgram_block(vectors, block, architecture, factor, reach)
+    return reference.skipgram_block(vectors, block, architecture, factor)
 
 
 def count_predictions(block: TextBlock | TextSample, architecture: Architecture = "skipgram") -> Tensor:

@@ -421,7 +421,7 @@ EMBEDTRAIN_INLINE double add_block(const Block& block) {
         ahead.prefetch_all();
     }
     loss.settle();
-    return loss.total;
+    return block.factor * loss.total;
 }
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

@@ -13,7 +13,7 @@ from embedtrain.ops.skipgram_block.types import TextBlock
 
 
 def skipgram_block(
-    vectors: Tensor, block: TextBlock, grad_factor: float, buffer: Tensor | None
+    vectors: Tensor, block: TextBlock, factor: float, buffer: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """See `embedtrain.ops.skipgram_block`; returns None if an index or a window is out of range."""
     vectors = vectors.contiguous()
@@ -27,7 +27,7 @@ def skipgram_block(
         *vectors.shape,
         *(tensor.data_ptr() for tensor in (inputs, targets, starts, stops)),
         *block.targets.shape,
-        grad_factor,
+        factor,
         loss.data_ptr(),
         grad.data_ptr(),
         ctypes.addressof(num_outside),

@@ -14,7 +14,7 @@ cache."""
 
 
 def skipgram_block(
-    vectors: Tensor, block: TextBlock, architecture: Architecture, grad_factor: float
+    vectors: Tensor, block: TextBlock, architecture: Architecture, factor: float
 ) -> tuple[Tensor, Tensor]:
     """See `embedtrain.ops.skipgram_block`."""
     loss = torch.zeros((), dtype=torch.float64, device=vectors.device)
@@ -22,7 +22,7 @@ def skipgram_block(
     for first in range(0, block.num_positions, _CENTRES_AT_ONCE):
         centres = torch.arange(first, min(first + _CENTRES_AT_ONCE, block.num_positions), device=vectors.device)
         loss += _add_centres(vectors, block, centres, architecture, grad)
-    return loss, grad.mul_(grad_factor)
+    return loss.mul_(factor), grad.mul_(factor)
 
 
 def _add_centres(

@@ -47,7 +47,7 @@ class _Uses(NamedTuple):
 
 
 def skipgram_block(
-    vectors: Tensor, block: TextBlock, architecture: Architecture, grad_factor: float, reach: int
+    vectors: Tensor, block: TextBlock, architecture: Architecture, factor: float, reach: int
 ) -> tuple[Tensor, Tensor]:
     """See `embedtrain.ops.skipgram_block`; `reach` is the largest distance of a word from its window's centre."""
     vectors = vectors.contiguous()
@@ -70,7 +70,7 @@ def skipgram_block(
         launch(num_blocks, num_bands, dim, vectors, *text, *uses, n, targets.shape[0], reach)
     rows = [_rows_of_bands(block, num_blocks, num_bands, reach, vectors.shape[0])]
     rows += [targets.flatten()] * len(uses.target_grad)
-    return uses.loss.sum(dtype=torch.float64), _sum_by_row(vectors, torch.cat(rows), uses, grad_factor)
+    return uses.loss.sum(dtype=torch.float64) * factor, _sum_by_row(vectors, torch.cat(rows), uses, factor)
 
 
 def _skipgram(num_blocks: int, num_bands: int, dim: int, *given: Tensor | int) -> None:
@@ -112,14 +112,14 @@ def _rows_of_bands(block: TextBlock, num_blocks: int, num_bands: int, reach: int
     return rows.masked_fill(~inside, nowhere)
 
 
-def _sum_by_row(vectors: Tensor, used: Tensor, uses: _Uses, grad_factor: float) -> Tensor:
+def _sum_by_row(vectors: Tensor, used: Tensor, uses: _Uses, factor: float) -> Tensor:
     num_rows, dim = vectors.shape
     # Skipped negatives (-1) and positions outside the text sort last, after the end of the last run.
     rows, order = torch.sort(used.masked_fill(used < 0, num_rows).int(), stable=True)
     bounds = torch.arange(num_rows + 1, device=vectors.device, dtype=torch.int32)
     starts = torch.searchsorted(rows, bounds)
     of_uses = torch.cat([uses.context_grad.view(-1, dim), uses.target_grad.view(-1, dim)])
-    return sum_runs(of_uses, order, starts, factor=grad_factor, has_empty_runs=True)
+    return sum_runs(of_uses, order, starts, factor=factor, has_empty_runs=True)
 
 
 @triton.jit

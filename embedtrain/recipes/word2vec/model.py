@@ -147,7 +147,7 @@ class Word2Vec(nn.Module):
 
 
 class _SkipGramLoss(torch.autograd.Function):
-    """Computes the loss times a factor. The op computes the gradient in forward, and backward only scales it."""
+    """Computes the loss times a factor, and its gradient, which backward only scales."""
 
     @staticmethod
     def forward(
@@ -156,7 +156,7 @@ class _SkipGramLoss(torch.autograd.Function):
         with stage("kernel"):
             loss, grad = skipgram_block(vectors, block, architecture, factor, buffer)
         ctx.save_for_backward(grad)
-        return loss * factor
+        return loss
 
     @staticmethod
     @once_differentiable
