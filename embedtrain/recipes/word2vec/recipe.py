@@ -331,6 +331,12 @@ def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
         unverified_sources=unverified,
         on_progress=_StageLog() if runtime.rank == 0 else None,
     )
+    if corpus.num_sentences == corpus.num_tokens:
+        unit = "line" if data.format == "text" else "basket"
+        raise UserError(
+            f"{data.path}: no {unit} has two words of the vocabulary, and words are learnt from the words beside them. "
+            f"Words that stand fewer than data.min_count={data.min_count} times are not in the vocabulary"
+        )
     if runtime.rank == 0:
         _logger.info(
             f"text: {corpus.num_tokens:,} words of a vocabulary of {len(corpus.vocabulary):,}, in {corpus.path}"

@@ -20,6 +20,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text("table: {dim: 8}\n")
     (tmp_path / "corpus.txt").write_text("a b c d\n" * 200)
+    (tmp_path / "words.txt").write_text("a\nb\nc\n" * 8 + "c rare\n" * 4)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ([*TRAIN, "data.path=null"], ["data.path must be given and cannot be null"]),
         ([*TRAIN, "data.path=[]"], ["data.path must be a path or a list of paths, got []"]),
         ([*TRAIN, "data.path=5"], ["5: no such file or folder"]),
+        ([*TRAIN, "data.path=words.txt"], ["words.txt: no line has two words of the vocabulary", "data.min_count=5"]),
         ([*TRAIN, "run.path=corpus.txt"], ["corpus.txt is a file, not a folder; give another path"]),
         ([*TRAIN, "run.path=corpus.txt/below"], ["corpus.txt/below lies below a file", "give another path"]),
         ([*TRAIN, "run.path=/proc/none"], ["run.path=/proc/none: the folder cannot be made", "give a path"]),
