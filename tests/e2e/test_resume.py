@@ -165,7 +165,7 @@ def test_a_complete_run_is_left_as_it_is_and_refused_to_other_settings_and_anoth
     assert again.returncode == 0
     assert "done at step" in again.stderr
 
-    refused = job.run(*train, "optimizer.lr=0.7", "table.dim=8")
+    refused = job.run(*train, "optimizer.lr=0.75", "table.dim=8")
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
     assert "optimizer.lr (was 0." in line and "is 0.7" in line

@@ -120,7 +120,7 @@ class Word2VecConfig(Config):
     # Steps are long, so a run has few of them.
     log: LogConfig = field(default_factory=lambda: LogConfig(every_steps=10))
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: section("rowwise_adagrad", lr=0.8, initial_accumulator_value=100.0)
+        default_factory=lambda: section("rowwise_adagrad", lr=0.7, initial_accumulator_value=100.0)
     )
 
     MEANT: ClassVar[Mapping[str, str]] = {

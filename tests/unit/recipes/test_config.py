@@ -125,7 +125,7 @@ def test_only_what_defines_the_training_counts_as_a_difference() -> None:
     first = to_yaml(load_config(None, [TEXT]))
     second = load_config(None, ["data.path=copy.txt", "run.path=elsewhere", "log.every_steps=7"])
     assert differing_keys(first, second) == []
-    third = load_config(None, [TEXT, "optimizer.lr=0.7", "table.dim=9"])
+    third = load_config(None, [TEXT, "optimizer.lr=0.75", "table.dim=9"])
     assert [entry.partition(" ")[0] for entry in differing_keys(first, third)] == [
         "optimizer.lr",
         "table.dim",

@@ -39,7 +39,7 @@ def test_without_a_name_a_table_has_the_main_one_with_other_options() -> None:
     [
         (CLICKS, 0.05, 0.0),
         (("model=retrieval", "data.path=x", "users.path=u.csv", "users.features.shop={}"), 0.3, 0.0),
-        (("model=word2vec", "data.path=x"), 0.8, 100.0),
+        (("model=word2vec", "data.path=x"), 0.7, 100.0),
     ],
     ids=["ranking", "retrieval", "word2vec"],
 )
