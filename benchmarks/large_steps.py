@@ -313,7 +313,8 @@ def print_table(groups: dict[tuple[str, ...], list[Row]]) -> None:
 def draw(groups: dict[tuple[str, ...], list[Row]], path: Path) -> None:
     """Draws the mean of the tests by words per step.
 
-    Damped steps have the default rate and growth; plain steps have, for each size, the rate that the choice prefers.
+    Damped steps have the default rate and growth. Plain steps have, for each size, the rate that the half for choices
+    prefers, among those with three seeds if there are any.
     """
     import matplotlib.pyplot as plt
 
@@ -331,7 +332,7 @@ def draw(groups: dict[tuple[str, ...], list[Row]], path: Path) -> None:
             for key, rows in groups.items():
                 if (key[0], key[3]) == (text, damping):
                     found = best.get(int(key[2]))
-                    if found is None or _rank(rows) > _rank(found):
+                    if found is None or _preference(rows) > _preference(found):
                         best[int(key[2])] = rows
             sizes = sorted(best)
             axis.plot(sizes, [mean(best[size], "report") for size in sizes], "o-", label=label)
@@ -345,9 +346,9 @@ def draw(groups: dict[tuple[str, ...], list[Row]], path: Path) -> None:
     figure.savefig(path)
 
 
-def _rank(rows: list[Row]) -> tuple[int, float]:
-    """Orders runs of one size: first those with enough seeds, then by the half for choices."""
-    return min(len(rows), 3), mean(rows, "choice")
+def _preference(rows: list[Row]) -> tuple[int, float]:
+    """Orders rates by their number of seeds, and rates of equally many seeds by the half for choices."""
+    return len(rows), mean(rows, "choice")
 
 
 if __name__ == "__main__":

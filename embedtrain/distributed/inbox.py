@@ -121,7 +121,6 @@ class Inbox:
         self._peers = dict(zip([r for r in range(self.size) if r != self.rank], peers.files, strict=True))
         views = [region[start : start + inbox_bytes(self.size, num_areas)] for region in regions]
         self._bytes = [torch.frombuffer(view, dtype=torch.uint8) for view in views]
-        self._typed = [{torch.uint8: of_rank} for of_rank in self._bytes]
         self._tables = [view[_TABLE_START : _header_bytes(self.size)].cast("q") for view in views]
         self._counters = [view[_COUNTER_START : _COUNTER_START + 4].cast("I") for view in views]
         self._own_address = self._bytes[self.rank].data_ptr()
@@ -240,12 +239,8 @@ class Inbox:
         return [0 if rank == self.rank else count for rank, count in enumerate(counts)]
 
     def _rows(self, rank: int, start: int, count: int, row_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        typed = self._typed[rank].get(dtype)
-        if typed is None:
-            typed = self._typed[rank][dtype] = self._bytes[rank].view(dtype)
-        first = start // dtype.itemsize
-        rows = typed[first : first + count * math.prod(row_shape)]
-        return rows.view(count, *row_shape) if row_shape else rows
+        num_bytes = count * math.prod(row_shape) * dtype.itemsize
+        return self._bytes[rank][start : start + num_bytes].view(dtype).view(count, *row_shape)
 
     def _await_peers(self) -> None:
         from embedtrain.ops._backend import library

@@ -168,7 +168,7 @@ def test_a_complete_run_is_left_as_it_is_and_refused_to_other_settings_and_anoth
     refused = job.run(*train, "optimizer.lr=0.75", "table.dim=8")
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
-    assert "optimizer.lr (was 0." in line and "is 0.7" in line
+    assert "optimizer.lr (was 0.7, is 0.75)" in line
     assert "table.dim (was 16, is 8)" in line
 
     with job.text_path.open("a") as file:

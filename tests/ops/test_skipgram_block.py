@@ -151,7 +151,7 @@ def test_the_kernel_for_avx512_computes_the_same_on_other_processors(
     monkeypatch.setattr(library, "get", lambda: loaded)
     for shape in SHAPES:
         vectors, block = make(*shape)
-        found = native.skipgram_block(vectors, block, 1.0)
+        found = native.skipgram_block(vectors, block, 1.0, None)
         assert found is not None
         loss, grad = reference.skipgram_block(vectors, block, "skipgram", 1.0)
         torch.testing.assert_close(found[0], loss, rtol=2e-6, atol=1e-6)

@@ -33,7 +33,7 @@ def skipgram_block(
         vectors: [num_rows, dim] float32; the distinct input and output rows of the block.
         block: the words, windows and negatives.
         architecture: "skipgram" or "cbow".
-        factor: positive; multiplies the loss and the gradient, which is cheaper here than in another pass.
+        factor: positive; multiplies the loss and the gradient. For the gradient, another pass would cost more.
         buffer: [num_rows, dim] float32, contiguous; memory that the gradient may be returned in. Only the native
             kernel uses it.
 

@@ -332,10 +332,12 @@ def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
         on_progress=_StageLog() if runtime.rank == 0 else None,
     )
     if corpus.num_sentences == corpus.num_tokens:
-        unit = "line" if data.format == "text" else "basket"
+        paths = [data.path] if isinstance(data.path, str) else data.path
+        unit, name = ("line", "words") if data.format == "text" else ("basket", "items")
+        rare = f"; {name} that occur less than data.min_count={data.min_count} times are left out"
         raise UserError(
-            f"{data.path}: no {unit} has two words of the vocabulary, and words are learnt from the words beside them. "
-            f"Words that stand fewer than data.min_count={data.min_count} times are not in the vocabulary"
+            f"{', '.join(paths)}: no {unit} has two {name} of the vocabulary, so there is nothing to learn"
+            f"{rare if data.min_count > 1 else ''}"
         )
     if runtime.rank == 0:
         _logger.info(

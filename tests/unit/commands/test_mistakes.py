@@ -137,7 +137,7 @@ def test_another_configuration_in_the_run_folder_says_which_keys_differ(capfd: p
     capfd.readouterr()
     assert main([*TRAIN, *small, "table.dim=9", "optimizer.lr=0.125"]) == 2
     said = capfd.readouterr().err
-    assert "run holds a run with other settings: optimizer.lr (was 0.8, is 0.125); table.dim (was 8, is 9)" in said
+    assert "run holds a run with other settings: optimizer.lr (was 0.7, is 0.125); table.dim (was 8, is 9)" in said
     assert "Give the settings that it began with to resume it, or another run.path to start anew" in said
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -63,47 +65,56 @@ def said(folder: Path, num_lines: int) -> list[str]:
 def test_publications_follow_each_other(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = [0.0]
-    monkeypatch.setattr("embedtrain.train.publisher.time", SimpleNamespace(monotonic=lambda: now[-1]))
+    now, started = 0.0, []
+    popen = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        started.append(" ".join(command[1:]))
+        return popen(command, **options)
+
+    monkeypatch.setattr("embedtrain.train.publisher.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("embedtrain.train.publisher.subprocess.Popen", start)
     caplog.set_level(logging.INFO, logger="embedtrain")
     (folder / "wait").touch()
     complete: list[int | None] = [None]
     publisher = Publisher("runs/x", PublishConfig("out", every_seconds=50), lambda: complete[-1])
     complete.append(1)
     publisher.step()
+    assert not started, "it is not time yet"
     complete.append(None)
-    now.append(now[-1] + 60)
+    now += 60
     publisher.step()
-    assert not (folder / "said").exists(), "it was not time yet, and then there was no checkpoint"
+    assert not started, "there is no checkpoint"
     complete.append(1)
     publisher.step()
-    line = " -m embedtrain publish runs/x --to out"
-    assert said(folder, 1) == [line]
+    line = "-m embedtrain publish runs/x --to out"
+    assert started == [line]
     complete.append(2)
-    now.append(now[-1] + 60)
+    now += 60
     publisher.step()
-    assert said(folder, 1) == [line], "one is under way"
+    assert started == [line], "one is under way"
     (folder / "wait").unlink()
     until(lambda: publisher.step() or bool(caplog.messages))
-    assert said(folder, 2) == [line] * 2
+    assert started == [line] * 2
     assert caplog.messages == ["published: out: version 7"]
-    (folder / "fail").touch()
     until(lambda: publisher.step() or len(caplog.messages) == 2)
-    now.append(now[-1] + 60)
+    now += 60
     publisher.step()
-    assert said(folder, 2) == [line] * 2, "there is no newer checkpoint"
+    assert started == [line] * 2, "there is no newer checkpoint"
+    (folder / "fail").touch()
     publisher.finish()
-    assert said(folder, 3) == [line] * 3
+    assert started == [line] * 3
     assert caplog.messages[1:] == [
         "published: out: version 7",
         f"not published to out, {AGAIN}: embedtrain: failed: no",
     ]
-    now.append(now[-1] + 60)
+    now += 60
     publisher.step()
-    assert said(folder, 4) == [line] * 4, "what failed is tried again"
+    assert said(folder, 4) == [f" {line}"] * 4, "what failed is tried again, without the variables of a rank"
     (folder / "fail").unlink()
     (folder / "fewer").touch()
     publisher.finish()
+    assert started == [line] * 5
     assert caplog.messages[-2:] == [
         "not published to out, the last checkpoint follows: embedtrain: failed: no",
         "published: out: version 7; country: gone, 21 rows",
