@@ -21,6 +21,7 @@ from embedtrain.data.head import write_head
 from embedtrain.data.prepared import make_cache_folder
 from embedtrain.data.readers import Layout
 from embedtrain.distributed.runtime import Runtime
+from embedtrain.errors import UserError
 from embedtrain.planning.report import Request, print_plan
 from embedtrain.planning.room import require_room
 from embedtrain.planning.sizes import format_bytes
@@ -135,6 +136,10 @@ def _head_of(config: Config, runtime: Runtime) -> Iterator[tuple[Config, bool]]:
         if heads:
             set_value(tried, recipe.cache_key, work_path)
         yield tried, not heads
+    except UserError as error:
+        if not heads:
+            raise
+        raise UserError(f"{error} (a dry run reads about the first {format_bytes(HEAD_BYTES)} of the data)") from error
     finally:
         if runtime.rank == 0:
             shutil.rmtree(work_path, ignore_errors=True)

@@ -55,6 +55,18 @@ def test_of_large_data_the_head_is_read_and_removed_again(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_mistake_in_the_head_of_large_data_says_that_only_the_head_was_read(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dry_run, "HEAD_BYTES", 4000)
+    (tmp_path / "corpus.txt").write_text("one\n" * 2000 + "one two\n" * 2000)
+    assert main([*arguments, "--dry-run"]) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert "no line has two words of the vocabulary" in said
+    assert said.endswith("(a dry run reads about the first 3.91 KiB of the data)")
+    assert not contents(tmp_path / "cache")
+
+
 def test_mistakes_are_those_of_the_run(arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for setting, said in (
         ("data.min_count=100000", "the vocabulary is empty"),
