@@ -334,7 +334,7 @@ def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
     if corpus.num_sentences == corpus.num_tokens:
         paths = [data.path] if isinstance(data.path, str) else data.path
         unit, name = ("line", "words") if data.format == "text" else ("basket", "items")
-        rare = f"; {name} that occur less than data.min_count={data.min_count} times are left out"
+        rare = f"; {name} that occur fewer than data.min_count={data.min_count} times are left out"
         raise UserError(
             f"{', '.join(paths)}: no {unit} has two {name} of the vocabulary, so there is nothing to learn"
             f"{rare if data.min_count > 1 else ''}"
