@@ -313,8 +313,8 @@ def print_table(groups: dict[tuple[str, ...], list[Row]]) -> None:
 def draw(groups: dict[tuple[str, ...], list[Row]], path: Path) -> None:
     """Draws the mean of the tests by words per step.
 
-    Damped steps have the default rate and growth. Plain steps have, for each size, the rate that the half for choices
-    prefers, among those with three seeds if there are any.
+    Damped steps have the default rate and growth. Plain steps have, for each size, the rate with the most seeds; of
+    several, the one that the half for choices prefers.
     """
     import matplotlib.pyplot as plt
 

@@ -289,7 +289,10 @@ class WordSimilarity:
 
 
 def _similarity_paths(config: Word2VecConfig) -> list[str]:
-    paths = config.evaluate.similarity or []
+    return _listed(config.evaluate.similarity or [])
+
+
+def _listed(paths: str | list[str]) -> list[str]:
     return [paths] if isinstance(paths, str) else paths
 
 
@@ -332,11 +335,10 @@ def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
         on_progress=_StageLog() if runtime.rank == 0 else None,
     )
     if corpus.num_sentences == corpus.num_tokens:
-        paths = [data.path] if isinstance(data.path, str) else data.path
         unit, name = ("line", "words") if data.format == "text" else ("basket", "items")
         rare = f"; {name} that occur fewer than data.min_count={data.min_count} times are left out"
         raise UserError(
-            f"{', '.join(paths)}: no {unit} has two {name} of the vocabulary, so there is nothing to learn"
+            f"{', '.join(_listed(data.path))}: no {unit} has two {name} of the vocabulary, so there is nothing to learn"
             f"{rare if data.min_count > 1 else ''}"
         )
     if runtime.rank == 0:

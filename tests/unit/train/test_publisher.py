@@ -18,7 +18,7 @@ from embedtrain.train.publisher import Publisher
 
 AGAIN = "embedtrain publish runs/x --to out publishes the last checkpoint"
 PROGRAM = """#!/bin/sh
-# Whoever has read the line may remove the file: the result is decided before.
+# The result is decided before the line is written, because the test then removes or creates `fail`.
 [ -e {folder}/fail ] && fail=yes
 echo "$RANK$MASTER_ADDR$TORCHELASTIC_ERROR_FILE $@" >> {folder}/said
 while [ -e {folder}/wait ]; do sleep 0.01; done
